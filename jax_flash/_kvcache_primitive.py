@@ -181,6 +181,8 @@ def _lower_call(ctx: mlir.LoweringRuleContext, *operands, spec, names, platform,
         **{f"has_{name}": name in names for name in ("lengths", "batch_index", "leftpad", "block_table")},
     )
     aliases = {names.index(name): results.index(name) for name in ("k_cache", "v_cache") if "k_new" in names}
+    if platform == "cuda" and time_major and _is_decode(_named(names, ctx.avals_in)):
+        aliases[names.index("q")] = results.index("o")
     if time_major:
         call = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
     else:
@@ -193,6 +195,19 @@ def _lower_call(ctx: mlir.LoweringRuleContext, *operands, spec, names, platform,
         )
     o, lse, _, *caches = call(ctx.replace(avals_out=avals_out), *operands, **attributes)
     return [o, lse, *caches]
+
+
+def _is_decode(x: Operands) -> bool:
+    """Whether the decode kernel takes this call, with q and o in memory order, and may write o where q lies.
+
+    A loop that carries the query, as one over steps or layers does, would else copy o there in every iteration; where
+    q is needed afterwards, or is a parameter that was not donated, XLA copies that small array before the call. The
+    kernel reads all of a segment's rows of q before it writes the same rows of o, and reads no others there. Nor can
+    another operand lie in that buffer: o is live while the call runs, and XLA shares a buffer only among values that
+    are not live at once; it copies q where two operands are one value.
+    """
+    T, _, G, _ = x.q.shape[-4:]
+    return T * G <= _PREFILL_ROWS
 
 
 def _layouts(names, avals) -> list[tuple[int, ...]]:

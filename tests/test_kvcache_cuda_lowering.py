@@ -13,6 +13,8 @@ from test_cuda_lowering import topology  # noqa: F401
 
 from jax_flash import flash_attn_with_kvcache
 
+QUERY = (8, 1, 32, 128)
+NEW = (8, 1, 8, 128)
 CACHE = (8, 4096, 8, 128)
 
 
@@ -28,19 +30,57 @@ def loop(q, k_cache, v_cache, k, v, lengths):
     return jax.lax.while_loop(lambda state: state[3][0] < 4000, body, (q, k_cache, v_cache, lengths))
 
 
-@pytest.mark.parametrize("fun", [step, loop], ids=lambda fun: fun.__name__)
-def test_one_call_and_no_copy_of_the_cache(topology, fun):  # noqa: F811
+def compiled(topology, fun, shapes, donated):  # noqa: F811
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    shapes = [(8, 1, 32, 128), CACHE, CACHE, (8, 1, 8, 128), (8, 1, 8, 128)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
-    arguments.append(jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding))
-    lowered = jax.jit(fun, donate_argnums=(1, 2)).trace(*arguments).lower(lowering_platforms=("cuda",))
-    compiled = lowered.compile()
-    text = compiled.as_text()
+    arguments.append(jax.ShapeDtypeStruct((shapes[0][0],), jnp.int32, sharding=sharding))
+    lowered = jax.jit(fun, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.compile()
+
+
+def made(text: str, shape) -> list[str]:
+    """The operations whose result is an array of this shape."""
+    return re.findall(rf"= bf16\[{','.join(map(str, shape))}\]\S* (\S+?)\(", text)
+
+
+@pytest.mark.parametrize("donated", [(1, 2), (0, 1, 2)], ids=["caches", "q+caches"])
+@pytest.mark.parametrize("fun", [step, loop], ids=lambda fun: fun.__name__)
+def test_one_call_and_no_copy_of_the_cache(topology, fun, donated):  # noqa: F811
+    result = compiled(topology, fun, [QUERY, CACHE, CACHE, NEW, NEW], donated)
+    text = result.as_text()
     assert text.count('custom_call_target="jax_flash_kvcache"') == 1
-    made = re.findall(r"= bf16\[8,4096,8,128\]\S* (\S+?)\(", text)
-    assert not {"copy", "fusion", "transpose"} & set(made), made
+    assert not {"copy", "fusion", "transpose"} & set(made(text, CACHE))
+    # The output lies where q does: a q that the caller keeps is copied, once, and none inside a loop.
+    kept = 0 not in donated
+    copies = len(re.findall(r" bf16\S* copy\(", text))
+    assert copies == kept
     if fun is step:
-        assert not re.search(r" (copy|fusion|transpose)\(", text)
-    assert compiled.memory_analysis().alias_size_in_bytes == 2 * 2 * np.prod(CACHE)
+        assert len(re.findall(r" (?:copy|fusion|transpose)\(", text)) == copies
+    assert result.memory_analysis().alias_size_in_bytes == 2 * (2 * np.prod(CACHE) + (not kept) * np.prod(QUERY))
+
+
+def test_the_output_of_a_prompt_has_its_own_buffer(topology):  # noqa: F811
+    """The forward kernels do not promise what decode does: to read queries before anybody writes where they lie."""
+    result = compiled(topology, step, [(8, 256, 32, 128), CACHE, CACHE, (8, 256, 8, 128), (8, 256, 8, 128)], (0, 1, 2))
+    assert "{0}: (0, {})" not in result.as_text()
+    assert result.memory_analysis().alias_size_in_bytes >= 2 * 2 * np.prod(CACHE)
+
+
+def test_q_is_copied_where_it_is_the_new_key_too(topology):  # noqa: F811
+    def fun(q, k_cache, v_cache, lengths):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, q, q, cache_seqlens=lengths, causal=True)
+
+    text = compiled(topology, fun, [NEW, CACHE, CACHE], (1, 2)).as_text()
+    assert len(re.findall(r" bf16\S* copy\(", text)) == 1
+
+
+def test_slices_of_one_projection_share_nothing_with_the_output(topology):  # noqa: F811
+    """XLA passes slices of one array as views, the new keys lying behind the query; the output lies elsewhere."""
+
+    def fun(qkv, k_cache, v_cache, lengths):
+        q, k, v = qkv[:, :, :32], qkv[:, :, 32:40], qkv[:, :, 40:]
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True)
+
+    result = compiled(topology, fun, [(1, 1, 48, 128), (1, *CACHE[1:]), (1, *CACHE[1:])], (1, 2))
+    assert result.memory_analysis().alias_size_in_bytes == 2 * 2 * np.prod(CACHE[1:])

@@ -15,14 +15,10 @@ namespace {
 //   time_major: q (..., B, T, K, G, H), k (..., B, S, K, H)
 struct Layout {
   bool time_major = false;
-  Dims lead;  // everything up to and including B
+  DimsView lead;  // everything up to and including B
   Shape shape{};
 
-  Dims with_lead(std::initializer_list<int64_t> tail) const {
-    Dims dims = lead;
-    dims.insert(dims.end(), tail);
-    return dims;
-  }
+  Dims with_lead(std::initializer_list<int64_t> tail) const { return Dims(lead, tail); }
   Dims query() const {
     const auto& s = shape;
     return time_major ? with_lead({s.T, s.K, s.G, s.H}) : with_lead({s.K, s.G, s.T, s.H});
@@ -38,13 +34,13 @@ struct Layout {
 Layout read_layout(Reader& reader, ffi::AnyBuffer q, ffi::AnyBuffer k) {
   Layout layout;
   layout.time_major = reader.attr<bool>("time_major");
-  const Dims qd = dims_of(q), kd = dims_of(k);
-  if (qd.size() < 5 || kd.size() + 1 != qd.size()) {
+  const DimsView qd = q.dimensions(), kd = k.dimensions();
+  if (qd.size() < 5 || qd.size() > Dims::kMostAxes || kd.size() + 1 != qd.size()) {
     reader.fail("q and k must have ranks 5 and 4 (more for mapped axes); got " + to_string(qd) + ", " + to_string(kd));
     return layout;
   }
   const size_t lead = qd.size() - 4;
-  layout.lead.assign(qd.begin(), qd.begin() + lead);
+  layout.lead = DimsView(qd.begin(), lead);
   Shape& s = layout.shape;
   s.B = 1;
   for (int64_t d : layout.lead) s.B *= d;
@@ -63,7 +59,7 @@ MaskParams read_mask(Reader& reader, const Layout& layout) {
   mask.window_left = reader.attr<int64_t>("window_left");
   mask.window_right = reader.attr<int64_t>("window_right");
   if (const auto bits = reader.optional("has_mask")) {
-    const Dims got = dims_of(*bits);
+    const DimsView got = bits->dimensions();
     if (got.size() != layout.lead.size() + 4) {
       reader.fail("mask must have rank " + std::to_string(layout.lead.size() + 4) + "; got " + to_string(got));
       return mask;

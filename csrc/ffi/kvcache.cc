@@ -9,16 +9,12 @@ namespace {
 // the heads come first so that XLA can split them and layouts say how the bytes lie. Leading axes are those of vmap.
 struct Layout {
   bool time_major, per_head;
-  Dims vmapped;
+  DimsView vmapped;
   int64_t groups = 1;                         // product of the vmapped axes
   int64_t B = 0, K = 0, G = 0, T = 0, H = 0;  // B: of one group
   int64_t rows = 0, S = 0;
 
-  Dims dims(std::initializer_list<int64_t> tail) const {
-    Dims d = vmapped;
-    d.insert(d.end(), tail);
-    return d;
-  }
+  Dims dims(std::initializer_list<int64_t> tail) const { return Dims(vmapped, tail); }
   Dims query() const { return time_major ? dims({B, T, K, G, H}) : dims({B, K, G, T, H}); }
   Dims key(int64_t rows_, int64_t length) const {
     return time_major ? dims({rows_, length, K, H}) : dims({rows_, K, length, H});
@@ -30,14 +26,14 @@ Layout read_layout(Reader& reader, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
   Layout l;
   l.time_major = reader.attr<bool>("time_major");
   l.per_head = reader.attr<bool>("per_head");
-  const Dims qd = dims_of(q), cd = dims_of(cache);
-  if (qd.size() < 5 || cd.size() + 1 != qd.size()) {
+  const DimsView qd = q.dimensions(), cd = cache.dimensions();
+  if (qd.size() < 5 || qd.size() > Dims::kMostAxes || cd.size() + 1 != qd.size()) {
     reader.fail("q and k_cache must have ranks 5 and 4 (more for mapped axes); got " + to_string(qd) + ", " +
                 to_string(cd));
     return l;
   }
   const size_t at = qd.size() - 5;
-  l.vmapped.assign(qd.begin(), qd.begin() + at);
+  l.vmapped = DimsView(qd.begin(), at);
   for (int64_t d : l.vmapped) l.groups *= d;
   l.B = qd[at];
   l.T = qd[at + (l.time_major ? 1 : 3)];
@@ -77,7 +73,7 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.num_splits = reader.attr<int32_t>("num_splits");
 
   if (const auto k_new = reader.optional("has_new")) {
-    const Dims got = dims_of(*k_new);
+    const DimsView got = k_new->dimensions();
     const int64_t T_new = got.size() == l.vmapped.size() + 4 ? got[l.vmapped.size() + (l.time_major ? 1 : 2)] : -1;
     reader.expect("k_new", *k_new, type, l.key(l.B, T_new));
     if (T_new > l.T) reader.fail("more new tokens than queries");
@@ -98,15 +94,15 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.batch_index = integers("has_batch_index", "batch_index", l.per_sequence());
   p.leftpad = integers("has_leftpad", "leftpad", l.per_sequence());
   if (const auto table = reader.optional("has_block_table")) {
-    const Dims got = dims_of(*table);
-    p.pages = got.empty() ? 0 : static_cast<int32_t>(got.back());
+    const DimsView got = table->dimensions();
+    p.pages = got.size() == 0 ? 0 : static_cast<int32_t>(got.back());
     if (p.pages < 1 || got.back() * l.S > kMaxLength) reader.fail("block_table names no pages, or too many");
     reader.expect("block_table", *table, ffi::DataType::S32, l.dims({l.B, p.pages}));
     p.block_table = static_cast<const int32_t*>(table->untyped_data());
   }
   if (!p.pages && !p.batch_index && l.rows != l.B) reader.fail("the cache must have a row for each sequence");
   if (const auto cos = reader.optional("has_rotary")) {
-    const Dims got = dims_of(*cos);
+    const DimsView got = cos->dimensions();
     RotaryParams& r = p.rotary;
     r.interleaved = reader.attr<bool>("rotary_interleaved");
     r.per_query = p.window_left >= 0 || p.window_right >= 0;

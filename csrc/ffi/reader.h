@@ -1,26 +1,40 @@
 // Reads the attributes and buffers of an XLA call and checks them.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "params.h"
 #include "xla_ffi.h"
 
 namespace jax_flash {
 
-using Dims = std::vector<int64_t>;
+// The dimensions of a buffer that XLA passes; they outlive the call.
+using DimsView = ffi::Span<const int64_t>;
 
-inline std::string to_string(const Dims& dims) {
+// Dimensions made here, without allocating: a decode step is short, and this code is a part of it.
+class Dims {
+ public:
+  static constexpr size_t kMostAxes = 64;  // numpy has no more
+
+  Dims(DimsView lead, std::initializer_list<int64_t> tail) : size_(lead.size() + tail.size()) {
+    std::copy(tail.begin(), tail.end(), std::copy(lead.begin(), lead.end(), dims_));
+  }
+  Dims(std::initializer_list<int64_t> dims) : Dims(DimsView(), dims) {}
+
+  operator DimsView() const { return DimsView(dims_, size_); }
+
+ private:
+  int64_t dims_[kMostAxes];
+  size_t size_;
+};
+
+inline std::string to_string(DimsView dims) {
   std::string text = "(";
   for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
   return text + ")";
-}
-
-inline Dims dims_of(ffi::AnyBuffer buffer) {
-  const auto dims = buffer.dimensions();
-  return Dims(dims.begin(), dims.end());
 }
 
 // Reads attributes and optional operands in order, and keeps the first thing that is wrong.
@@ -46,10 +60,12 @@ class Reader {
     return std::nullopt;
   }
 
-  void expect(const char* name, ffi::AnyBuffer buffer, ffi::DataType dtype, const Dims& want) {
+  void expect(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype, const Dims& dims) {
     if (buffer.element_type() != dtype) return fail(std::string(name) + " has the wrong dtype");
-    const Dims got = dims_of(buffer);
-    if (got != want) fail(std::string(name) + " must have shape " + to_string(want) + "; got " + to_string(got));
+    const DimsView got = buffer.dimensions(), want = dims;
+    if (!std::equal(got.begin(), got.end(), want.begin(), want.end())) {
+      fail(std::string(name) + " must have shape " + to_string(want) + "; got " + to_string(got));
+    }
   }
 
   void fail(const std::string& what) {

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/config.h"
 
@@ -88,8 +90,14 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
   int warps = Config::kMaxWarps;
   while (warps > 1 && SharedState<Config>::bytes(warps) > device.shared_memory - 1024) --warps;
   const int bytes = SharedState<Config>::bytes(warps);
-  if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    return status;
+  // Once for each device: this takes a good part of the time that a launch takes.
+  static std::atomic<uint64_t> allowed{0};
+  const uint64_t bit = device.ordinal < 64 ? uint64_t{1} << device.ordinal : 0;
+  if (!(allowed.load(std::memory_order_relaxed) & bit)) {
+    if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+      return status;
+    allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
   const int32_t row_blocks = ceil_div(params.T * params.G, Config::kRows);
   const int64_t segments = static_cast<int64_t>(params.B) * params.K * row_blocks;
   // No more blocks than can have a tile for every warp, were the cache full.

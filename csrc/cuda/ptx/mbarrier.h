@@ -23,13 +23,14 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// mbarrier.arrive, on the same barrier of another block of the cluster
+// mbarrier.arrive, on the same barrier of another block of the cluster. Says that something has been read and hands no
+// data over: a release at the cluster's scope would wait for this thread's additions to global memory.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t block_rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(block_rank)
       : "memory");

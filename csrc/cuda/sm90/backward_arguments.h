@@ -22,6 +22,7 @@ struct BackwardArguments {
   float softcap;       // 0: off
   int32_t key_blocks;  // of kSumKeys, of one KV head
   int32_t all_key_blocks;
+  int32_t last_heads;  // KV heads that are taken together at the end: see BackwardWork
   bool deterministic;
   const void* gO;      // [B, T, K, G, H]
   const void* gDo;     // [B, T, K, G, H]

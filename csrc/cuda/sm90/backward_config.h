@@ -46,8 +46,9 @@ struct BackwardTile {
 // Head dims up to 128: each consumer owns 64 of the block's 128 keys, and half of dQ.
 template <class T, int kHeadDim>
 struct SplitKeysConfig : BackwardTile<T, kHeadDim, kHeadDim <= 64 ? 128 : 64, 128> {
-  static constexpr int kBlocks = 1;          // of a cluster
-  static constexpr bool kPersistent = true;  // a thread block takes one key block after the other
+  static constexpr int kBlocks = 1;                // of a cluster
+  static constexpr bool kPersistent = true;        // a thread block takes one key block after the other
+  static constexpr bool kDqFirst = kHeadDim > 64;  // dQ before dK: see take_tile
 };
 
 // Head dims above: a pair of blocks owns 64 keys each. Of a block's consumers one computes P and dV, the other dS and

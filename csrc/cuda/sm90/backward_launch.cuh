@@ -1,6 +1,8 @@
 // Launches the backward kernels of one Config; each (dtype, head dim) is a small .cu of its own that instantiates it.
 #pragma once
 
+#include <algorithm>
+
 #include "backward_dq.cuh"
 #include "backward_split_keys.cuh"
 #include "backward_split_roles.cuh"
@@ -62,6 +64,9 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   args.log2_scale = transform.softcap > 0 ? transform.log2_scale : p.score.softmax_scale * kLog2e;
   args.key_blocks = static_cast<int32_t>((s.S + kSumKeys - 1) / kSumKeys);
   args.all_key_blocks = static_cast<int32_t>(s.B * s.K * args.key_blocks);
+  // Enough of them that their work fills all blocks for longer than the longest walk takes.
+  const int64_t heads_at_end = (2 * device.multiprocessors / C::kBlocks + args.key_blocks - 1) / args.key_blocks;
+  args.last_heads = p.mask.window_right < 0 ? 1 : static_cast<int32_t>(std::min(heads_at_end, s.B * s.K));
   args.deterministic = p.deterministic;
   args.workspace = make_backward_workspace(p.workspace, s);
   args.gO = p.o;

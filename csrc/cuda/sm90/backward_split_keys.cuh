@@ -156,12 +156,12 @@ struct SplitKeysConsumer {
   }
 
   __device__ __forceinline__ void wait_q(const BackwardStep& step) {
-    wait_query_tile<C>(args, work, shared.q[step.stage<C>()], &shared.q_full[step.stage<C>()], step.parity<C>(), step.m,
-                       w, thread);
+    wait_query_tile<C>(work, shared.q[step.stage<C>()], &shared.q_full[step.stage<C>()], step.parity<C>(), step.m, w,
+                       thread);
   }
   __device__ __forceinline__ void wait_do(const BackwardStep& step) {
-    wait_query_tile<C>(args, work, shared.d_o[step.stage<C>()], &shared.do_full[step.stage<C>()], step.parity<C>(),
-                       step.m, w, thread);
+    wait_query_tile<C>(work, shared.d_o[step.stage<C>()], &shared.do_full[step.stage<C>()], step.parity<C>(), step.m, w,
+                       thread);
   }
   // The whole warp is done with something that others wait for.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
@@ -190,8 +190,8 @@ struct SplitKeysConsumer {
     issue_query_gradient<C>(dq, ds_tile + buffer * kBufferStep, k_columns);
   }
 
-  // dQ of tile `tile` is complete: its dS may be overwritten, and the writer takes over.
-  __device__ __forceinline__ void hand_over_dq(const float (&dq)[32], int32_t tile) {
+  // dQ of tile `tile` is complete: its dS may be overwritten. Then the writer is told.
+  __device__ __forceinline__ void store_dq(const float (&dq)[32], int32_t tile) {
     arrive(&shared.ds_empty[tile % C::kDsBuffers]);
     ptx::mbarrier_wait(&shared.dq_empty[w], tile & 1 ^ 1);
     float4* sDq = reinterpret_cast<float4*>(shared.dq[w]) + thread;
@@ -200,6 +200,8 @@ struct SplitKeysConsumer {
     for (int i = 0; i < 8; ++i) {
       if (4 * i < floats) sDq[i * 128] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
     }
+  }
+  __device__ __forceinline__ void hand_over_dq() {
     ptx::fence_async_shared();
     __syncwarp();
     arrive(&shared.dq_full[w]);
@@ -209,14 +211,17 @@ struct SplitKeysConsumer {
 // One query tile, from S (complete on entry, as is the next tile's on exit) to dV and dK, and dQ of the tile before.
 //
 // dQ waits a tile so that a consumer never waits for the other's dS: they drift apart until one's arithmetic falls into
-// the other's products. The compiler follows products in flight within one body but not around a loop, and where they
-// are issued under a condition it serialises them: so the first and the last tile are bodies of their own.
+// the other's products. With kDqFirst it goes to shared memory under the products of dK, which read half of what those
+// of S read: under S its stores would have to wait for shared memory. The compiler follows products in flight within
+// one body but not around a loop, and where they are issued under a condition it serialises them: so the first and the
+// last tile are bodies of their own.
 template <class C, bool kCapped, bool kFirst, bool kLast>
 __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep& step, float (&s)[C::kM / 2],
                                           float (&dk)[C::kH / 2], float (&dv)[C::kH / 2]) {
   const int stage = step.stage<C>();
   const uint64_t q_tile = c.q_tile + stage * c.kStageStep, do_tile = c.do_tile + stage * c.kStageStep;
   const int32_t tile = step.tile;
+  const BlockRange tiles = c.work.tiles;
   float dp[C::kM / 2], dq[32];
   uint32_t p[C::kM / 4], ds[C::kM / 4];
 
@@ -227,7 +232,7 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   for (int i = 0; i < C::kM / 2; ++i) dp[i] = minus_delta[i];
   issue_products<C, true>(dp, c.v_rows, do_tile);
   lse2.load(c.shared.lse2[stage], c.lane);
-  probabilities<C, kCapped>(c.args, c.work, s, p, lse2, step.m, c.work.n0 + c.row + c.lane / 4, c.lane);
+  probabilities<C, kCapped>(c.args, c.work, s, p, lse2, tiles, step.m, c.work.n0 + c.row + c.lane / 4, c.lane);
   issue_key_gradient<C>(dv, p, do_tile);
 
   ptx::wgmma_wait<1>();
@@ -235,24 +240,33 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   score_gradients<C, kCapped>(c.args, s, dp, ds, c.shared.lse2[stage], c.lane);
   if constexpr (kFirst) c.wait_stores();
   c.share_ds(ds, tile);
+  if constexpr (C::kDqFirst && !kFirst) c.issue_dq(dq, tile - 1);
   issue_key_gradient<C>(dk, ds, q_tile);
 
-  ptx::wgmma_wait<1>();  // dV, so that the registers of P are free
+  ptx::wgmma_wait<C::kDqFirst && !kFirst ? 2 : 1>();  // dV, so that the registers of P are free
   c.arrive(&c.shared.do_empty[stage]);
-  if constexpr (!kFirst) c.issue_dq(dq, tile - 1);
+  if constexpr (!C::kDqFirst && !kFirst) c.issue_dq(dq, tile - 1);
+  if constexpr (C::kDqFirst && !kFirst) {
+    ptx::wgmma_wait<1>();
+    ptx::pin(dq);
+    c.store_dq(dq, tile - 1);
+  }
 
   step.next(c.work);
   if constexpr (!kLast) {
     c.wait_q(step);
     issue_products<C>(s, c.k_rows, c.q_tile + step.stage<C>() * c.kStageStep);
+    if constexpr (C::kDqFirst && !kFirst) c.hand_over_dq();
     ptx::wgmma_wait<1>();
   } else {
+    if constexpr (C::kDqFirst && !kFirst) c.hand_over_dq();
     ptx::wgmma_wait<0>();
   }
   c.arrive(&c.shared.q_empty[stage]);
-  if constexpr (!kFirst) {
+  if constexpr (!C::kDqFirst && !kFirst) {
     ptx::pin(dq);
-    c.hand_over_dq(dq, tile - 1);
+    c.store_dq(dq, tile - 1);
+    c.hand_over_dq();
   }
   if constexpr (!kLast) {
     ptx::wgmma_wait<0>();
@@ -289,7 +303,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
     c.issue_dq(dq, step.tile - 1);
     ptx::wgmma_wait<0>();
     ptx::pin(dq);
-    c.hand_over_dq(dq, step.tile - 1);
+    c.store_dq(dq, step.tile - 1);
+    c.hand_over_dq();
     ptx::pin(dk);
     ptx::pin(dv);
   } else {

@@ -89,12 +89,13 @@ struct PairedDq {
     turn = SumTurn::make<C>(args, work);
   }
 
-  // The gradients' first thread, once all have stored their dS of tile `index` and fenced.
+  // One lane of each of the gradients' warps, once the warp has stored its 16 keys of dS of tile `index` and fenced.
   __device__ __forceinline__ void send_ds(int32_t index) {
-    ptx::mbarrier_arrive_expect(&shared.ds_peer_full, sizeof(shared.ds_peer));
+    const int row = thread / 32 * 16;
+    if (thread == 0) ptx::mbarrier_arrive_expect(&shared.ds_peer_full, sizeof(shared.ds_peer));
     ptx::mbarrier_wait(&shared.ds_sent_free, index & 1 ^ 1);
-    ptx::bulk_copy_to_block(ptx::cluster_address(ptx::shared_address(shared.ds_peer), rank ^ 1), shared.ds,
-                            sizeof(shared.ds),
+    ptx::bulk_copy_to_block(ptx::cluster_address(ptx::shared_address(shared.ds_peer[row]), rank ^ 1), shared.ds[row],
+                            sizeof(shared.ds_peer) / 4,
                             ptx::cluster_address(ptx::shared_address(&shared.ds_peer_full), rank ^ 1));
   }
 
@@ -107,7 +108,8 @@ struct PairedDq {
     }
   }
 
-  // Leaves nothing in flight.
+  // Leaves nothing in flight. kFreesDs: tells the scores, before the additions, that dS has been read.
+  template <bool kFreesDs>
   __device__ __forceinline__ void add(int32_t m, int32_t g, int32_t index) {
     float dq[32];
     issue_query_gradient<C>(dq, ds, keys);
@@ -116,6 +118,11 @@ struct PairedDq {
     ptx::wgmma_wait<0>();
     ptx::pin(dq);
     if (thread % 32 == 0) ptx::mbarrier_arrive_cluster(&shared.ds_sent_free, rank ^ 1);
+    if constexpr (kFreesDs) {
+      if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, index & 1);
+      __syncwarp();
+      ptx::named_barrier_arrive(kDsFree, C::kConsumers);
+    }
 
     if (args.deterministic) {
       if (thread == 0) turn.wait<C>(args, work, m, g, rank);
@@ -146,48 +153,57 @@ __device__ __forceinline__ uint4* packed_p(SplitRolesShared<C>& shared, int thre
   return reinterpret_cast<uint4*>(shared.ds) + thread / 32 * (C::kM / 16 * 32) + thread % 32;
 }
 
-// One query tile of the scores, from S (complete on entry, as is the next tile's on exit) to dV and dQ. The last is a
-// body of its own: products issued under a condition would be serialised.
+// P of the tile at `step`, packed, from Q that is in shared memory. Leaves nothing in flight.
+template <class C, bool kCapped>
+__device__ __forceinline__ void take_probabilities(PairedDq<C>& paired, const BackwardStep& step, float (&s)[C::kM / 2],
+                                                   uint32_t (&p)[C::kM / 4]) {
+  const int stage = step.stage<C>(), lane = paired.thread % 32;
+  ptx::wgmma_wait<0>();
+  ptx::pin(s);
+  RowStatistic<C> lse2;
+  lse2.load(paired.shared.lse2[stage], lane);
+  probabilities<C, kCapped>(paired.args, paired.work, s, p, lse2, paired.work.tiles, step.m,
+                            paired.work.n0 + paired.thread / 32 * 16 + lane / 4, lane);
+  if (lane == 0) ptx::mbarrier_arrive(&paired.shared.q_empty[stage]);
+}
+
+// One query tile of the scores, from P (packed on entry, as is the next tile's on exit) to dV and dQ. The next tile's P
+// comes before this one's dQ: its arithmetic fills the time until the other block's dS has come. The last is a body of
+// its own: products issued under a condition would be serialised.
 template <class C, bool kCapped, bool kLast>
-__device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& step, float (&s)[C::kM / 2],
+__device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& step, uint32_t (&p)[C::kM / 4],
                                             float (&dv)[C::kH / 2], uint64_t k_tile, uint64_t q_tile,
                                             uint64_t do_tile) {
   constexpr int kStageStep = C::kPanels * C::kM * kPanelRowBytes >> 4;
   SplitRolesShared<C>& shared = paired.shared;
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
-  uint32_t p[C::kM / 4];
-  RowStatistic<C> lse2;
-  lse2.load(shared.lse2[stage], lane);
-  probabilities<C, kCapped>(paired.args, paired.work, s, p, lse2, step.m, paired.work.n0 + thread / 32 * 16 + lane / 4,
-                            lane);
   if (step.index > 0) ptx::named_barrier_sync(kDsFree, C::kConsumers);
   uint4* sP = packed_p<C>(shared, thread);
 #pragma unroll
   for (int i = 0; i < C::kM / 16; ++i) sP[32 * i] = make_uint4(p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]);
   ptx::named_barrier_arrive(kPReady, C::kConsumers);
-  if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty[stage]);
 
-  wait_query_tile<C>(paired.args, paired.work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, 0,
-                     thread);
+  wait_query_tile<C>(paired.work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, 0, thread);
   issue_key_gradient<C>(dv, p, do_tile + stage * kStageStep);
 
   const BackwardStep done = step;
   step.next(paired.work);
   if constexpr (!kLast) {
     const int next = step.stage<C>();
-    wait_query_tile<C>(paired.args, paired.work, shared.q[next], &shared.q_full[next], step.parity<C>(), step.m, 0,
-                       thread);
+    float s[C::kM / 2];
+    wait_query_tile<C>(paired.work, shared.q[next], &shared.q_full[next], step.parity<C>(), step.m, 0, thread);
     issue_products<C>(s, k_tile, q_tile + next * kStageStep);
     ptx::wgmma_wait<1>();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
+    take_probabilities<C, kCapped>(paired, step, s, p);
   } else {
     ptx::wgmma_wait<0>();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
   }
-  if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
 
   ptx::named_barrier_sync(kDsReady, C::kConsumers);
-  paired.add(done.m, done.g, done.index);
-  if constexpr (!kLast) ptx::pin(s);
+  paired.template add<false>(done.m, done.g, done.index);
 }
 
 template <class C, bool kCapped>
@@ -205,17 +221,17 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     const uint64_t do_tile = ptx::wgmma_descriptor(shared.d_o, kSwizzle, C::kM * kPanelRowBytes);
     PairedDq<C> paired(args, shared, work, 0, thread);
     float s[C::kM / 2];
+    uint32_t p[C::kM / 4];
     BackwardStep step(work);
 
     wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, 0, 0, thread);
     wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, 0, 0, thread);
-    wait_query_tile<C>(args, work, shared.q[0], &shared.q_full[0], 0, step.m, 0, thread);
+    wait_query_tile<C>(work, shared.q[0], &shared.q_full[0], 0, step.m, 0, thread);
     issue_products<C>(s, k_tile, q_tile);
-    ptx::wgmma_wait<0>();
-    ptx::pin(s);
+    take_probabilities<C, kCapped>(paired, step, s, p);
 
-    while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, s, dv, k_tile, q_tile, do_tile);
-    take_scores<C, kCapped, true>(paired, step, s, dv, k_tile, q_tile, do_tile);
+    while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
+    take_scores<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
     ptx::pin(dv);
   }
   ptx::named_barrier_sync(kConsumers, C::kConsumers);  // nobody reads K and V any more
@@ -233,8 +249,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
   uint32_t p[C::kM / 4], ds[C::kM / 4];
-  wait_query_tile<C>(paired.args, paired.work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, 1,
-                     thread);
+  wait_query_tile<C>(paired.work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, 1, thread);
 
   ptx::named_barrier_sync(kPReady, C::kConsumers);
   const uint4* sP = packed_p<C>(shared, thread);
@@ -251,9 +266,11 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   store_fragment(shared.ds, 0, ds, thread / 32 * 16, lane);
   ptx::fence_async_shared();
   ptx::named_barrier_arrive(kDsReady, C::kConsumers);
-  if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
-  ptx::named_barrier_sync(kWarpgroup + 1, 128);
-  if (thread == 0) paired.send_ds(step.index);
+  __syncwarp();
+  if (lane == 0) {
+    ptx::mbarrier_arrive(&shared.do_empty[stage]);
+    paired.send_ds(step.index);
+  }
   __syncwarp();
   issue_key_gradient<C>(dk, ds, q_tile + stage * kStageStep);
 
@@ -261,8 +278,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   step.next(paired.work);
   if constexpr (!kLast) {
     const int next = step.stage<C>();
-    wait_query_tile<C>(paired.args, paired.work, shared.d_o[next], &shared.do_full[next], step.parity<C>(), step.m, 1,
-                       thread);
+    wait_query_tile<C>(paired.work, shared.d_o[next], &shared.do_full[next], step.parity<C>(), step.m, 1, thread);
     issue_products<C>(dp, v_tile, do_tile + next * kStageStep);
     ptx::wgmma_wait<1>();
   } else {
@@ -270,13 +286,8 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   }
   if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty[stage]);
 
-  paired.add(done.m, done.g, done.index);
-  if constexpr (!kLast) {
-    ptx::pin(dp);
-    if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.index & 1);
-    __syncwarp();
-    ptx::named_barrier_arrive(kDsFree, C::kConsumers);
-  }
+  paired.template add<!kLast>(done.m, done.g, done.index);
+  if constexpr (!kLast) ptx::pin(dp);
 }
 
 template <class C, bool kCapped>
@@ -299,7 +310,7 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, 0, 1, thread);
     wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, 0, 1, thread);
     wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, 0, 1, thread);
-    wait_query_tile<C>(args, work, shared.d_o[0], &shared.do_full[0], 0, step.m, 1, thread);
+    wait_query_tile<C>(work, shared.d_o[0], &shared.do_full[0], 0, step.m, 1, thread);
     issue_products<C>(dp, v_tile, do_tile);
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
@@ -354,6 +365,7 @@ __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads
       consume_gradients<C, kCapped>(args, shared, work, threadIdx.x % 128);
     }
   }
+  __syncwarp();
   // Neither block leaves while the other may still reach into its shared memory.
   ptx::cluster_arrive();
   ptx::cluster_wait();

@@ -107,13 +107,16 @@ __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, in
   ptx::named_barrier_sync(kWarpgroup + w, 128);
 }
 
-// Waits for a query tile and clears what lies past the sequence's queries.
+// Waits for a query tile and clears what lies past the sequence's queries. What is compared after the wait is read
+// before it: behind the wait its latency would come before the products.
 template <class C>
-__device__ __forceinline__ void wait_query_tile(const BackwardArguments& args, const BackwardWork& work, void* sTile,
-                                                uint64_t* full, uint32_t parity, int32_t m, int w, int thread) {
+__device__ __forceinline__ void wait_query_tile(const BackwardWork& work, void* sTile, uint64_t* full, uint32_t parity,
+                                                int32_t m, int w, int thread) {
+  const int32_t first_short = work.first_short;
   ptx::mbarrier_wait(full, parity);
-  const int32_t valid = work.band.T - m * C::kM;
-  if (valid < C::kM && work.band.T < args.shape.T) clear_rows(sTile, C::kPanels, C::kM, max_i32(0, valid), w, thread);
+  if (m >= first_short) {
+    clear_rows(sTile, C::kPanels, C::kM, max_i32(0, work.band.T - m * C::kM), w, thread);
+  }
 }
 
 // The same for `panels` panels of K or V, keys n0 ...
@@ -195,16 +198,18 @@ __device__ __forceinline__ float capped_probability(float tanh_score, float log2
   return tanh_score == kHiddenTanh ? 0.0f : ptx::ex2(tanh_score * log2_scale - lse2);
 }
 
-// s: products, [64 keys, M queries] -> probabilities, or with a softcap tanh(...); p: probabilities, packed.
+// s: products, [64 keys, M queries] -> probabilities, or with a softcap tanh(...); p: probabilities, packed. tiles:
+// work.tiles, read by the caller before it issues products.
 template <class C, bool kCapped>
 __device__ __forceinline__ void probabilities(const BackwardArguments& args, const BackwardWork& work,
                                               float (&s)[C::kM / 2], uint32_t (&p)[C::kM / 4],
-                                              const RowStatistic<C>& lse2, int32_t m, int32_t key, int lane) {
+                                              const RowStatistic<C>& lse2, const BlockRange& tiles, int32_t m,
+                                              int32_t key, int lane) {
 #pragma unroll
   for (int i = 0; i < C::kM / 2; ++i) {
     s[i] = kCapped ? tanh_accurate(s[i] * args.tanh_scale) : ptx::ex2(s[i] * args.log2_scale - lse2[i]);
   }
-  if (m < work.tiles.full_begin || m >= work.tiles.full_end) {
+  if (m < tiles.full_begin || m >= tiles.full_end) {
     const int32_t first = m * C::kM + lane % 4 * 2;
     const int begin[2] = {work.band.query_begin(key) - first, work.band.query_begin(key + 8) - first};
     const int end[2] = {work.band.query_end(key) - first, work.band.query_end(key + 8) - first};

@@ -12,7 +12,8 @@ struct BackwardWork {
   int32_t n0;     // first key
   Band band;
   BlockRange tiles;
-  int32_t count;  // tiles to walk, over the whole group
+  int32_t count;        // tiles to walk, over the whole group
+  int32_t first_short;  // the first query tile that passes the sequence's length but not the array's
 
   // Deterministic sums under a causal mask take key blocks from the last to the first: see SumTurn.
   __device__ __forceinline__ static bool last_first(const BackwardArguments& args) {
@@ -23,11 +24,15 @@ struct BackwardWork {
   __device__ __forceinline__ static BackwardWork make(const BackwardArguments& args, int32_t block) {
     BackwardWork w;
     const int32_t cluster = block / C::kBlocks;
-    const int32_t head = cluster / args.key_blocks;
+    // Heads are taken one after the other, so that Q, dO and the sums of dQ stay in L2; the last ones together, so that
+    // where walks have different lengths the short ones come at the very end.
+    const int32_t rest = cluster - (args.all_key_blocks - args.last_heads * args.key_blocks);
+    const int32_t head =
+        rest < 0 ? cluster / args.key_blocks : args.all_key_blocks / args.key_blocks - 1 - rest % args.last_heads;
     w.b = head / static_cast<int32_t>(args.shape.K);
     w.kh = head % static_cast<int32_t>(args.shape.K);
     // args.key_blocks counts clusters.
-    const int32_t n = cluster % args.key_blocks;
+    const int32_t n = rest < 0 ? cluster % args.key_blocks : rest / args.last_heads;
     const int32_t first = (last_first(args) ? args.key_blocks - 1 - n : n) * kSumKeys;
     w.n0 = first + block % C::kBlocks * C::kN;
     w.band = make_band(args.shape, args.mask, w.b, w.kh);
@@ -37,6 +42,7 @@ struct BackwardWork {
     w.tiles.begin = all.begin;
     w.tiles.end = all.end;
     w.count = (w.tiles.end - w.tiles.begin) * static_cast<int32_t>(args.shape.G);
+    w.first_short = w.band.T < args.shape.T ? w.band.T / C::kM : INT32_MAX;
     return w;
   }
 };

@@ -86,7 +86,7 @@ __device__ __noinline__ void write_output(const KvcacheParams& params, int32_t b
                                           Pair pair) {
   using Element = typename Config::Element;
   const int32_t H = params.H, G = params.G;
-  const int32_t t = divide(index, G), g = index - t * G;
+  const int32_t t = query_of(params, index), g = index - t * G;
   const int64_t row = (static_cast<int64_t>(b) * params.T + t) * params.K * G + kh * G + g;
   Element* gO = static_cast<Element*>(params.o) + row * H;
   const bool seen = pair.sum != 0.0f;  // true for NaN: what is not a number stays so

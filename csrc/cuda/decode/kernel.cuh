@@ -8,12 +8,17 @@
 
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/config.h"
+#include "cuda/ptx/dependent_launch.h"
 
 namespace jax_flash::decode {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
-    decode_kernel(const __grid_constant__ KvcacheParams out_of_line, int32_t row_blocks, int64_t counter_bytes) {
+    decode_kernel(const __grid_constant__ KvcacheParams out_of_line, int32_t row_blocks, int64_t counter_bytes,
+                  bool single) {
+#if __CUDA_ARCH__ >= 900
+  ptx::wait_for_previous_kernel();  // the launcher lets this one be launched meanwhile
+#endif
   // A copy whose address nothing takes: what is inlined here reads its members as constants.
   const KvcacheParams params = out_of_line;
   extern __shared__ __align__(1024) unsigned char sStages[];
@@ -23,14 +28,16 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
   const ScoreTransform transform = ScoreTransform::make(params.score.softmax_scale, params.score.softcap);
   constexpr uint32_t kAll = Config::kKeys == 32 ? ~0u : (1u << (Config::kKeys % 32)) - 1;
 
-  if (warp == 0) shared.schedule.start(params, row_blocks);
+  if (warp == 0) shared.schedule.start(params, row_blocks, single);
   __syncthreads();
   Loader<Config> loader(params, out_of_line, shared.schedule, warps, sOwn);
   WarpState<Config> state;
   for (;;) {
     // The queries of the first piece are asked for before the queue of tiles that would delay them.
-    bool started = state.reads_directly(params) && shared.schedule.count > 0;
-    if (started) state.start(params, out_of_line, shared.schedule.pieces[0], shared.q);
+    const bool early = state.reads_directly(params);
+    if (early && shared.schedule.count > 0) {
+      state.load_queries(params, out_of_line, shared.schedule.pieces[0], shared.q);
+    }
     // Which positions hold a key, for the tile at hand (element 0) and those on their way.
     uint32_t present[Config::kStages];
     int stage = 0;
@@ -49,8 +56,8 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
       // Between these every query sees every key.
       const int32_t open_begin = piece.sequence.key_begin(params.T - 1), open_end = piece.sequence.key_end(0);
       const int32_t tile_end = piece.tile_end;
-      if (!started) state.start(params, out_of_line, piece, shared.q);
-      started = false;
+      if (!early) state.load_queries(params, out_of_line, piece, shared.q);
+      state.clear();
 #pragma unroll 1
       for (int32_t tile = piece.tile_begin + warp; tile < tile_end; tile += warps) {
         present[Config::kStages - 1] = loader.issue(stage == 0 ? Config::kStages - 1 : stage - 1);
@@ -63,6 +70,9 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
 #pragma unroll
         for (int s = 0; s + 1 < Config::kStages; ++s) present[s] = present[s + 1];
         stage = stage + 1 == Config::kStages ? 0 : stage + 1;
+      }
+      if (early && index + 1 < shared.schedule.count) {
+        state.load_queries(params, out_of_line, shared.schedule.pieces[index + 1], shared.q);
       }
       if (arrives) counter.prepare(word);
       combine_warps<Config>(params, out_of_line, counter_bytes, piece, state, sStages,
@@ -102,14 +112,25 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
   const int64_t segments = static_cast<int64_t>(params.B) * params.K * row_blocks;
   // No more blocks than can have a tile for every warp, were the cache full.
   const int64_t tiles = cache_capacity(params) / Config::kKeys + 2;
+  const bool single = params.B == 1 && params.num_splits == 0 && 2 * segments <= device.multiprocessors;
   int64_t blocks = params.num_splits > 0 ? segments * params.num_splits : segments * ((tiles + warps - 1) / warps);
   if (segments * max_i32(static_cast<int32_t>(tiles), params.num_splits) > INT32_MAX - 65536)
     return cudaErrorInvalidValue;
   const int64_t most = device.multiprocessors < kMaxBlocks ? device.multiprocessors : kMaxBlocks;
   if (blocks > most) blocks = most;
-  kernel<<<static_cast<unsigned>(blocks), warps * 32, bytes, stream>>>(params, row_blocks,
-                                                                       workspace_layout(params).counter_bytes());
-  return cudaGetLastError();
+  // From sm_90 on the launch overlaps the end of the kernel before: 1 to 2 us.
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = single ? dim3(static_cast<unsigned>(blocks / segments), static_cast<unsigned>(segments))
+                          : dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(warps * 32);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = device.compute_capability >= 90 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params, row_blocks, workspace_layout(params).counter_bytes(), single);
 }
 
 // The row-tile variants of one element type and head-dim bucket.

@@ -155,6 +155,24 @@ class Loader {
     const bool inside = chunk * 8 < params_.H;
     const char* gK = static_cast<const char*>(params_.k_cache) + (inside ? column : 0);
     const char* gV = static_cast<const char*>(params_.v_cache) + (inside ? column : 0);
+    const int32_t begin = tile_ * Config::kKeys;
+    if (!params_.pages && Config::kDim == params_.H && begin >= visit_begin_ &&
+        begin + Config::kKeys <= min_i32(visit_end_, length_)) {
+      // Nearly all tiles of a cache without pages: rows that follow one another, all there.
+      const int64_t from = (static_cast<int64_t>(row_) * params_.S + begin + first) * row_bytes;
+      const int64_t step = kRowsAtOnce * row_bytes;
+      gK += from;
+      gV += from;
+#pragma unroll
+      for (int i = 0; i < Config::kKeys / kRowsAtOnce; ++i) {
+        const uint32_t to = sKeys + tile_offset<Config>(i * kRowsAtOnce + first, chunk);
+        ptx::cp_async_16(to, gK);
+        ptx::cp_async_16(to + Config::kTileBytes, gV);
+        gK += step;
+        gV += step;
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < Config::kKeys / kRowsAtOnce; ++i) {
       const int row = i * kRowsAtOnce + first;

@@ -26,6 +26,11 @@ __device__ __forceinline__ float column_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
+// The query that row `index` of a segment belongs to.
+__device__ __forceinline__ int32_t query_of(const KvcacheParams& params, int32_t index) {
+  return params.T == 1 ? index >= params.G : divide(index, params.G);
+}
+
 template <class Config>
 struct WarpState {
   using Element = typename Config::Element;
@@ -45,14 +50,14 @@ struct WarpState {
 
   // Queries that cannot be read as they are (rotary, or heads of odd size) go through shared memory, sQ [kRows, kDim]:
   // each thread of the block prepares a part. A barrier separates this from the last use of sQ.
-  __device__ __forceinline__ void start(const KvcacheParams& params, const KvcacheParams& out_of_line,
-                                        const Piece& piece, Element* sQ) {
+  __device__ __forceinline__ void load_queries(const KvcacheParams& params, const KvcacheParams& out_of_line,
+                                               const Piece& piece, Element* sQ) {
     const int32_t H = params.H;
     const int lane = threadIdx.x % 32;
     const bool direct = reads_directly(params);
     const auto query = [&](int row, int32_t* t) {
       const int32_t index = piece.row_block * Config::kRows + row;
-      *t = divide(index, params.G);
+      *t = query_of(params, index);
       const int64_t head = (static_cast<int64_t>(piece.b) * params.T + *t) * params.K + piece.kh;
       return static_cast<const Element*>(params.q) + (head * params.G + index - *t * params.G) * H;
     };
@@ -82,6 +87,12 @@ struct WarpState {
         const int32_t d = 8 * i + 2 * (lane % 4);
         rQ[n][i / 2][i % 2] = d < valid ? *reinterpret_cast<const uint32_t*>(source + d) : 0;
       }
+    }
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < Config::kRowTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < Config::kDim / 16; ++i) {
 #pragma unroll

@@ -27,6 +27,14 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t b
   return remote;
 }
 
+// st.async.shared::cluster: a word to another block of the cluster, whose barrier gets its 4 bytes; both addresses are
+// cluster_address()es
+__device__ __forceinline__ void store_to_block(uint32_t remote_dst, uint32_t x, uint32_t remote_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote_dst),
+               "r"(x), "r"(remote_barrier)
+               : "memory");
+}
+
 // elect.sync: true in one lane of a converged warp. The compiler knows such a branch is not divergent, which an
 // ordinary lane == 0 does not tell it.
 __device__ __forceinline__ bool elect_one() {

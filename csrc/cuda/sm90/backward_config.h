@@ -47,8 +47,10 @@ struct BackwardTile {
 template <class T, int kHeadDim>
 struct SplitKeysConfig : BackwardTile<T, kHeadDim, kHeadDim <= 64 ? 128 : 64, 128> {
   static constexpr int kBlocks = 1;                // of a cluster
-  static constexpr bool kPersistent = true;        // a thread block takes one key block after the other
   static constexpr bool kDqFirst = kHeadDim > 64;  // dQ before dK: see take_tile
+  // dS in shared memory: a row is a query and a panel the keys of a consumer, or else a row is a key, a panel 64
+  // queries.
+  static constexpr bool kDsByQuery = kHeadDim <= 64;
 };
 
 // Head dims above: a pair of blocks owns 64 keys each. Of a block's consumers one computes P and dV, the other dS and
@@ -56,7 +58,6 @@ struct SplitKeysConfig : BackwardTile<T, kHeadDim, kHeadDim <= 64 ? 128 : 64, 12
 template <class T, int kHeadDim>
 struct SplitRolesConfig : BackwardTile<T, kHeadDim, 64, 64> {
   static constexpr int kBlocks = 2;
-  static constexpr bool kPersistent = false;
 };
 
 }  // namespace jax_flash::sm90

@@ -79,9 +79,8 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   const int64_t heads = s.B * s.N(), rows = args.workspace.rows;
   error = launch(backward_stats_kernel<C>, heads * (rows / kStatsRows), kStatsThreads, 0, false, stream, args);
   if (error != cudaSuccess) return error;
-  int64_t blocks = static_cast<int64_t>(args.all_key_blocks) * C::kBlocks;
-  if (C::kPersistent && blocks > device.multiprocessors) blocks = device.multiprocessors;
-  error = launch(kernel, blocks, C::kThreads, shared_bytes, true, stream, args);
+  const int64_t clusters = std::min<int64_t>(args.all_key_blocks, device.multiprocessors / C::kBlocks);
+  error = launch(kernel, clusters * C::kBlocks, C::kThreads, shared_bytes, true, stream, args);
   if (error != cudaSuccess) return error;
   return launch(backward_dq_kernel<C>, heads * (rows / C::kM), C::kDqParts * 128, 0, true, stream, args);
 }

@@ -17,12 +17,11 @@
 
 #include "backward_tile.cuh"
 #include "backward_turn.cuh"
+#include "backward_walk.cuh"
 #include "cuda/ptx/dependent_launch.h"
 #include "cuda/ptx/registers.h"
 
 namespace jax_flash::sm90 {
-
-inline constexpr int kWalkSlots = 4;
 
 template <class C>
 struct alignas(1024) SplitKeysShared {
@@ -31,8 +30,8 @@ struct alignas(1024) SplitKeysShared {
   Row v[C::kPanels][C::kN];
   Row q[C::kStages][C::kPanels][C::kM];
   Row d_o[C::kStages][C::kPanels][C::kM];
-  Row ds[C::kDsBuffers][C::kQueryPanels][C::kN];  // dSᵀ: a row is a key; at a walk's end dV
-  float dq[2][kDqPartFloats];                     // by consumer; at a walk's end dK
+  Row ds[C::kDsBuffers][C::kQueryPanels * C::kN];  // see kDsByQuery; at a walk's end dV
+  float dq[2][kDqPartFloats];                      // by consumer; at a walk's end dK
   float lse2[C::kStages][C::kM];
   float minus_delta[C::kStages][C::kM];
   uint64_t k_full, v_full, keys_empty;
@@ -40,27 +39,13 @@ struct alignas(1024) SplitKeysShared {
   uint64_t do_full[C::kStages], do_empty[C::kStages];
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];  // filled and emptied by both consumers
   uint64_t dq_full[2], dq_empty[2];                          // by consumer
-  uint64_t walk_full[kWalkSlots], walk_empty[kWalkSlots];
-  BackwardWork walk[kWalkSlots];  // what the block does, and what comes next
+  BackwardWalks walks;
 };
 
 // ---- walks --------------------------------------------------------------------------------------------------------
 
-// The producer takes key blocks in order and describes them to the others: eight consumer warps and two writers, which
-// read the description where it is, for registers are scarce. turn counts key blocks.
+// Those who read what a walk is: eight consumer warps and two writers.
 inline constexpr int kWalkReaders = 8 + 2;
-
-template <class C>
-__device__ __forceinline__ const BackwardWork& next_walk(SplitKeysShared<C>& shared, int32_t turn) {
-  ptx::mbarrier_wait(&shared.walk_full[turn % kWalkSlots], turn / kWalkSlots & 1);
-  return shared.walk[turn % kWalkSlots];
-}
-
-// One thread for every reader, when it needs the description no more.
-template <class C>
-__device__ __forceinline__ void end_walk(SplitKeysShared<C>& shared, int32_t turn) {
-  ptx::mbarrier_arrive(&shared.walk_empty[turn % kWalkSlots]);
-}
 
 template <class C>
 __device__ __forceinline__ void produce_all(const BackwardArguments& args, SplitKeysShared<C>& shared) {
@@ -68,14 +53,7 @@ __device__ __forceinline__ void produce_all(const BackwardArguments& args, Split
   int32_t tile = 0, walks = 0;
   int32_t block = blockIdx.x;
   for (int32_t turn = 0;; ++turn) {
-    BackwardWork& work = shared.walk[turn % kWalkSlots];
-    ptx::mbarrier_wait(&shared.walk_empty[turn % kWalkSlots], turn / kWalkSlots & 1 ^ 1);
-    if (block < args.all_key_blocks) {
-      work = BackwardWork::make<C>(args, block);
-    } else {
-      work.count = -1;
-    }
-    ptx::mbarrier_arrive(&shared.walk_full[turn % kWalkSlots]);
+    const BackwardWork& work = shared.walks.template describe<C>(args, turn, block, 0);
     if (work.count < 0) return;
     produce<C>(args, shared, work, tile, walks);
     tile += work.count;
@@ -116,11 +94,11 @@ __device__ __forceinline__ void add_all(const BackwardArguments& args, SplitKeys
   ptx::wait_for_previous_kernel();
   int32_t tile = 0;
   for (int32_t turn = 0;; ++turn) {
-    const BackwardWork& work = next_walk(shared, turn);
+    const BackwardWork& work = shared.walks.wait(turn);
     if (work.count < 0) return;
     add_dq<C>(args, shared, work, tile, w);
     tile += work.count;
-    end_walk(shared, turn);
+    shared.walks.end(turn);
   }
 }
 
@@ -152,7 +130,9 @@ struct SplitKeysConsumer {
     k_columns = ptx::wgmma_descriptor(shared.k[C::kPanels == 1 ? 0 : w], kSwizzle, C::kN * kPanelRowBytes);
     q_tile = ptx::wgmma_descriptor(shared.q, kSwizzle, C::kM * kPanelRowBytes);
     do_tile = ptx::wgmma_descriptor(shared.d_o, kSwizzle, C::kM * kPanelRowBytes);
-    ds_tile = ptx::wgmma_descriptor(shared.ds[0][C::kQueryPanels == 1 ? 0 : w], kSwizzle, C::kN * kPanelRowBytes);
+    // Its queries: 64 columns, a panel of their own where there are two, or with kDsByQuery 64 rows.
+    const int queries = C::kQueryPanels == 1 ? 0 : 64 * w;
+    ds_tile = ptx::wgmma_descriptor(shared.ds[0][C::kDsByQuery ? queries : queries / 64 * C::kN], kSwizzle, 0);
   }
 
   __device__ __forceinline__ void wait_q(const BackwardStep& step) {
@@ -177,7 +157,11 @@ struct SplitKeysConsumer {
   __device__ __forceinline__ void share_ds(const uint32_t (&ds)[C::kM / 4], int32_t tile) {
     const int buffer = tile % C::kDsBuffers;
     ptx::mbarrier_wait(&shared.ds_empty[buffer], tile / C::kDsBuffers & 1 ^ 1);
-    store_fragment(shared.ds[buffer], C::kN * kPanelRowBytes, ds, row, lane);
+    if constexpr (C::kDsByQuery) {
+      store_transposed(shared.ds[buffer][C::kM * w], ds, row % 64, lane);
+    } else {
+      store_fragment(shared.ds[buffer], C::kN * kPanelRowBytes, ds, row, lane);
+    }
     ptx::fence_async_shared();
     __syncwarp();
     arrive(&shared.ds_full[buffer]);
@@ -187,7 +171,7 @@ struct SplitKeysConsumer {
   __device__ __forceinline__ void issue_dq(float (&dq)[32], int32_t tile) {
     const int buffer = tile % C::kDsBuffers;
     ptx::mbarrier_wait(&shared.ds_full[buffer], tile / C::kDsBuffers & 1);
-    issue_query_gradient<C>(dq, ds_tile + buffer * kBufferStep, k_columns);
+    issue_query_gradient<C, C::kDsByQuery>(dq, ds_tile + buffer * kBufferStep, k_columns);
   }
 
   // dQ of tile `tile` is complete: its dS may be overwritten. Then the writer is told.
@@ -314,8 +298,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
   if (work.count > 0 && w == 0 && thread == 0) ptx::mbarrier_arrive(&shared.keys_empty);
 
   // dV leaves through this consumer's rows of dS, dK through its dQ once that has been added.
-  store_key_gradient<C>(shared.ds[0][0][64 * w], C::kN * kPanelRowBytes, &args.dv, dv, 1.0f, work, work.n0 + 64 * w, w,
-                        thread);
+  store_key_gradient<C>(shared.ds[0][(C::kDsByQuery ? C::kM : 64) * w], C::kN * kPanelRowBytes, &args.dv, dv, 1.0f,
+                        work, work.n0 + 64 * w, w, thread);
   ptx::mbarrier_wait(&shared.dq_empty[w], (tile + work.count) & 1 ^ 1);
   store_key_gradient<C>(shared.dq[w], 64 * kPanelRowBytes, &args.dk, dk, args.softmax_scale, work, work.n0 + 64 * w, w,
                         thread);
@@ -326,13 +310,13 @@ __device__ __forceinline__ void consume_all(const BackwardArguments& args, Split
                                             int thread) {
   int32_t tile = 0, walks = 0;
   for (int32_t turn = 0;; ++turn) {
-    const BackwardWork& work = next_walk(shared, turn);
+    const BackwardWork& work = shared.walks.wait(turn);
     if (work.count < 0) break;
     consume<C, kCapped>(args, shared, work, tile, walks, w, thread);
     tile += work.count;
     walks += work.count > 0;
     __syncwarp();
-    if (thread % 32 == 0) end_walk(shared, turn);
+    if (thread % 32 == 0) shared.walks.end(turn);
   }
   if (thread == 0) ptx::bulk_wait_read<0>();
 }
@@ -356,10 +340,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       ptx::mbarrier_init(&shared.dq_empty[w], 1);
     }
     ptx::mbarrier_init(&shared.keys_empty, 1);
-    for (int i = 0; i < kWalkSlots; ++i) {
-      ptx::mbarrier_init(&shared.walk_full[i], 1);
-      ptx::mbarrier_init(&shared.walk_empty[i], kWalkReaders);
-    }
+    shared.walks.init(kWalkReaders);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

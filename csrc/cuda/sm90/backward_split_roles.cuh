@@ -9,39 +9,18 @@
 // P crosses from one to the other as it lies in registers, through a slot per thread. While one does arithmetic the
 // other's products keep the tensor core busy.
 //
-// What limits this kernel is the traffic of adding dQ to the workspace. So the blocks of a pair exchange their dS
-// through distributed shared memory, and each adds up half of dQ's columns over the keys of both: half the traffic.
+// Adding dQ to the workspace is much traffic. So the blocks of a pair exchange their dS through distributed shared
+// memory, and each adds up half of dQ's columns over the keys of both: half the traffic.
+//
+// Pairs stay: the first block's producer takes key blocks for both. While dK and dV leave through the buffers of K and
+// V, the next Q and dO are loaded.
 #pragma once
 
-#include "backward_tile.cuh"
-#include "backward_turn.cuh"
+#include "backward_pair.cuh"
 #include "cuda/ptx/dependent_launch.h"
-#include "cuda/ptx/reduce.h"
 #include "cuda/ptx/registers.h"
 
 namespace jax_flash::sm90 {
-
-template <class C>
-struct alignas(1024) SplitRolesShared {
-  using Row = typename C::T[kPanelColumns];
-  Row k[C::kPanels][C::kN];  // later dK
-  Row v[C::kPanels][C::kN];  // later dV
-  Row k_peer[2][C::kN];      // the other block's K, the columns of this block's dQ
-  Row q[C::kStages][C::kPanels][C::kM];
-  Row d_o[C::kStages][C::kPanels][C::kM];
-  // dSᵀ, a row is a key. Before it the same bytes carry Pᵀ, [warp][four words][lane]: a warp of the gradients reads its
-  // P from where it then stores its dS.
-  Row ds[C::kN];
-  Row ds_peer[C::kN];  // the other block's
-  float lse2[C::kStages][C::kM];
-  float minus_delta[C::kStages][C::kM];
-  uint64_t k_full, v_full, k_peer_full;
-  uint64_t q_full[C::kStages], q_empty[C::kStages];
-  uint64_t do_full[C::kStages], do_empty[C::kStages];
-  uint64_t ds_peer_full;  // dS of the other block has come
-  uint64_t ds_sent;       // dS has come to the other block
-  uint64_t ds_sent_free;  // the other block has read the dS that was sent to it
-};
 
 // dS from packed P. With a softcap the derivative is found back from P itself.
 template <class C, bool kCapped>
@@ -64,88 +43,9 @@ __device__ __forceinline__ void score_gradients_from(const BackwardArguments& ar
   pack_fragment<typename C::T>(dp, ds);
 }
 
-// Where a block stands in its pair, and the products of its share of dQ.
+// From a stage's descriptor to the next's.
 template <class C>
-struct PairedDq {
-  const BackwardArguments& args;
-  SplitRolesShared<C>& shared;
-  const BackwardWork& work;
-  int w, thread;
-  uint32_t rank;
-  int panel;  // of dQ, that this consumer computes
-  uint64_t ds, ds_peer, keys, keys_peer;
-  SumTurn turn;
-
-  __device__ __forceinline__ PairedDq(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                      const BackwardWork& work, int w, int thread)
-      : args(args), shared(shared), work(work), w(w), thread(thread), rank(ptx::cluster_block_rank()) {
-    constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
-    panel = 2 * static_cast<int>(rank) + w;
-    ds = ptx::wgmma_descriptor(shared.ds, kSwizzle, 0);
-    ds_peer = ptx::wgmma_descriptor(shared.ds_peer, kSwizzle, 0);
-    // A head dim of 192 has no fourth panel: computed from the third, and not added.
-    keys = ptx::wgmma_descriptor(shared.k[min_i32(panel, C::kPanels - 1)], kSwizzle, 0);
-    keys_peer = ptx::wgmma_descriptor(shared.k_peer[w], kSwizzle, 0);
-    turn = SumTurn::make<C>(args, work);
-  }
-
-  // One lane of each of the gradients' warps, once the warp has stored its 16 keys of dS of tile `index` and fenced.
-  __device__ __forceinline__ void send_ds(int32_t index) {
-    const int row = thread / 32 * 16;
-    if (thread == 0) ptx::mbarrier_arrive_expect(&shared.ds_peer_full, sizeof(shared.ds_peer));
-    ptx::mbarrier_wait(&shared.ds_sent_free, index & 1 ^ 1);
-    ptx::bulk_copy_to_block(ptx::cluster_address(ptx::shared_address(shared.ds_peer[row]), rank ^ 1), shared.ds[row],
-                            sizeof(shared.ds_peer) / 4,
-                            ptx::cluster_address(ptx::shared_address(&shared.ds_peer_full), rank ^ 1));
-  }
-
-  // A thread that does nothing else tells the other block that its dS has come.
-  __device__ __forceinline__ static void acknowledge(SplitRolesShared<C>& shared, const BackwardWork& work) {
-    const uint32_t other = ptx::cluster_block_rank() ^ 1;
-    for (int32_t index = 0; index < work.count; ++index) {
-      ptx::mbarrier_wait(&shared.ds_peer_full, index & 1);
-      ptx::mbarrier_arrive_cluster(&shared.ds_sent, other);
-    }
-  }
-
-  // Leaves nothing in flight. kFreesDs: tells the scores, before the additions, that dS has been read.
-  template <bool kFreesDs>
-  __device__ __forceinline__ void add(int32_t m, int32_t g, int32_t index) {
-    float dq[32];
-    issue_query_gradient<C>(dq, ds, keys);
-    ptx::mbarrier_wait(&shared.ds_peer_full, index & 1);
-    issue_query_gradient<C, true>(dq, ds_peer, keys_peer);
-    ptx::wgmma_wait<0>();
-    ptx::pin(dq);
-    if (thread % 32 == 0) ptx::mbarrier_arrive_cluster(&shared.ds_sent_free, rank ^ 1);
-    if constexpr (kFreesDs) {
-      if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, index & 1);
-      __syncwarp();
-      ptx::named_barrier_arrive(kDsFree, C::kConsumers);
-    }
-
-    if (args.deterministic) {
-      if (thread == 0) turn.wait<C>(args, work, m, g, rank);
-      ptx::named_barrier_sync(kWarpgroup + w, 128);
-    }
-    if (panel < C::kPanels) {
-      float* gDq = dq_part<C>(args, work, m, g, panel) + thread * 4;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        ptx::red_add_v4(gDq + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-      }
-    }
-    if (args.deterministic) {
-      __threadfence();
-      if (w == 0) {
-        ptx::named_barrier_arrive(kDqAdded, C::kConsumers);
-      } else {
-        ptx::named_barrier_sync(kDqAdded, C::kConsumers);
-        if (thread == 0) turn.pass_on<C>(args, work, m, g, rank);
-      }
-    }
-  }
-};
+inline constexpr int kQueryStep = C::kPanels * C::kM * kPanelRowBytes >> 4;
 
 // This lane's slots of packed P: every 32nd of them.
 template <class C>
@@ -174,7 +74,6 @@ template <class C, bool kCapped, bool kLast>
 __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& step, uint32_t (&p)[C::kM / 4],
                                             float (&dv)[C::kH / 2], uint64_t k_tile, uint64_t q_tile,
                                             uint64_t do_tile) {
-  constexpr int kStageStep = C::kPanels * C::kM * kPanelRowBytes >> 4;
   SplitRolesShared<C>& shared = paired.shared;
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
@@ -185,7 +84,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   ptx::named_barrier_arrive(kPReady, C::kConsumers);
 
   wait_query_tile<C>(paired.work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, 0, thread);
-  issue_key_gradient<C>(dv, p, do_tile + stage * kStageStep);
+  issue_key_gradient<C>(dv, p, do_tile + stage * kQueryStep<C>);
 
   const BackwardStep done = step;
   step.next(paired.work);
@@ -193,7 +92,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
     const int next = step.stage<C>();
     float s[C::kM / 2];
     wait_query_tile<C>(paired.work, shared.q[next], &shared.q_full[next], step.parity<C>(), step.m, 0, thread);
-    issue_products<C>(s, k_tile, q_tile + next * kStageStep);
+    issue_products<C>(s, k_tile, q_tile + next * kQueryStep<C>);
     ptx::wgmma_wait<1>();
     if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
     take_probabilities<C, kCapped>(paired, step, s, p);
@@ -203,12 +102,12 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   }
 
   ptx::named_barrier_sync(kDsReady, C::kConsumers);
-  paired.template add<false>(done.m, done.g, done.index);
+  paired.template add<false>(done.m, done.g, done.tile);
 }
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume_scores(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                               const BackwardWork& work, int thread) {
+                                               const BackwardWork& work, int32_t tile, int32_t walks, int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dv[C::kH / 2];
@@ -222,12 +121,13 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     PairedDq<C> paired(args, shared, work, 0, thread);
     float s[C::kM / 2];
     uint32_t p[C::kM / 4];
-    BackwardStep step(work);
+    BackwardStep step(work, tile);
 
-    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, 0, 0, thread);
-    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, 0, 0, thread);
-    wait_query_tile<C>(work, shared.q[0], &shared.q_full[0], 0, step.m, 0, thread);
-    issue_products<C>(s, k_tile, q_tile);
+    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 0, thread);
+    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 0, thread);
+    const int stage = step.stage<C>();
+    wait_query_tile<C>(work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, 0, thread);
+    issue_products<C>(s, k_tile, q_tile + stage * kQueryStep<C>);
     take_probabilities<C, kCapped>(paired, step, s, p);
 
     while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
@@ -236,7 +136,11 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
   }
   ptx::named_barrier_sync(kConsumers, C::kConsumers);  // nobody reads K and V any more
   store_key_gradient<C>(shared.v, C::kN * kPanelRowBytes, &args.dv, dv, 1.0f, work, work.n0, 0, thread);
-  if (thread == 0) ptx::bulk_wait_read<0>();
+  if (thread == 0) {
+    ptx::bulk_wait_read<0>();
+    ptx::mbarrier_arrive(&shared.keys_empty);
+  }
+  __syncwarp();
 }
 
 // One query tile of the gradients, from dP (complete on entry, as is the next tile's on exit) to dK and dQ.
@@ -244,7 +148,6 @@ template <class C, bool kCapped, bool kLast>
 __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep& step, float (&dp)[C::kM / 2],
                                                float (&dk)[C::kH / 2], uint64_t v_tile, uint64_t q_tile,
                                                uint64_t do_tile) {
-  constexpr int kStageStep = C::kPanels * C::kM * kPanelRowBytes >> 4;
   SplitRolesShared<C>& shared = paired.shared;
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
@@ -269,30 +172,35 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   __syncwarp();
   if (lane == 0) {
     ptx::mbarrier_arrive(&shared.do_empty[stage]);
-    paired.send_ds(step.index);
+    paired.send_ds(step.tile);
   }
   __syncwarp();
-  issue_key_gradient<C>(dk, ds, q_tile + stage * kStageStep);
+  issue_key_gradient<C>(dk, ds, q_tile + stage * kQueryStep<C>);
 
   const BackwardStep done = step;
   step.next(paired.work);
   if constexpr (!kLast) {
     const int next = step.stage<C>();
     wait_query_tile<C>(paired.work, shared.d_o[next], &shared.do_full[next], step.parity<C>(), step.m, 1, thread);
-    issue_products<C>(dp, v_tile, do_tile + next * kStageStep);
+    issue_products<C>(dp, v_tile, do_tile + next * kQueryStep<C>);
     ptx::wgmma_wait<1>();
   } else {
     ptx::wgmma_wait<0>();
   }
   if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty[stage]);
 
-  paired.template add<!kLast>(done.m, done.g, done.index);
-  if constexpr (!kLast) ptx::pin(dp);
+  paired.template add<!kLast>(done.m, done.g, done.tile);
+  if constexpr (!kLast) {
+    ptx::pin(dp);
+  } else {
+    if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.tile & 1);
+    __syncwarp();
+  }
 }
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume_gradients(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                                  const BackwardWork& work, int thread) {
+                                                  const BackwardWork& work, int32_t tile, int32_t walks, int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dk[C::kH / 2];
@@ -305,13 +213,14 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     const uint64_t do_tile = ptx::wgmma_descriptor(shared.d_o, kSwizzle, C::kM * kPanelRowBytes);
     PairedDq<C> paired(args, shared, work, 1, thread);
     float dp[C::kM / 2];
-    BackwardStep step(work);
+    BackwardStep step(work, tile);
 
-    wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, 0, 1, thread);
-    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, 0, 1, thread);
-    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, 0, 1, thread);
-    wait_query_tile<C>(work, shared.d_o[0], &shared.do_full[0], 0, step.m, 1, thread);
-    issue_products<C>(dp, v_tile, do_tile);
+    wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, walks & 1, 1, thread);
+    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 1, thread);
+    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 1, thread);
+    const int stage = step.stage<C>();
+    wait_query_tile<C>(work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, 1, thread);
+    issue_products<C>(dp, v_tile, do_tile + stage * kQueryStep<C>);
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
 
@@ -322,8 +231,53 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
   }
   ptx::named_barrier_sync(kConsumers, C::kConsumers);  // nobody reads K and V any more
   store_key_gradient<C>(shared.k, C::kN * kPanelRowBytes, &args.dk, dk, args.softmax_scale, work, work.n0, 1, thread);
-  if (thread == 0) ptx::bulk_wait_read<0>();
+  if (thread == 0) {
+    ptx::bulk_wait_read<0>();
+    ptx::mbarrier_arrive(&shared.keys_empty);
+  }
+  __syncwarp();
 }
+
+// ---- walks --------------------------------------------------------------------------------------------------------
+
+// Those who read what a walk is: eight consumer warps and the thread that acknowledges.
+inline constexpr int kPairWalkReaders = 8 + 1;
+
+template <class C>
+__device__ __forceinline__ void produce_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared) {
+  ptx::wait_for_previous_kernel();
+  const int32_t rank = static_cast<int32_t>(ptx::cluster_block_rank());
+  int32_t tile = 0;
+  for (int32_t turn = 0;; ++turn) {
+    const int32_t pair = take_ticket(args, shared, turn, rank);
+    const BackwardWork& work = shared.walks.template describe<C>(args, turn, pair, rank);
+    if (work.count < 0) return;
+    produce<C>(args, shared, work, tile, turn);
+    // Without tiles zeros leave through the buffers of K and V.
+    if (work.count == 0) ptx::mbarrier_wait(&shared.keys_empty, turn & 1 ^ 1);
+    tile += work.count;
+  }
+}
+
+template <class C, bool kCapped, bool kScores>
+__device__ __forceinline__ void consume_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared, int thread) {
+  int32_t tile = 0, walks = 0;
+  for (int32_t turn = 0;; ++turn) {
+    const BackwardWork work = shared.walks.wait(turn);
+    if (work.count < 0) return;
+    if constexpr (kScores) {
+      consume_scores<C, kCapped>(args, shared, work, tile, walks, thread);
+    } else {
+      consume_gradients<C, kCapped>(args, shared, work, tile, walks, thread);
+    }
+    tile += work.count;
+    walks += work.count > 0;
+    __syncwarp();
+    if (thread % 32 == 0) shared.walks.end(turn);
+  }
+}
+
+// ---- kernel -------------------------------------------------------------------------------------------------------
 
 template <class C, bool kCapped>
 __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads, 1)
@@ -337,6 +291,10 @@ __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads
     ptx::mbarrier_init(&shared.ds_peer_full, 1);
     ptx::mbarrier_init(&shared.ds_sent, 1);
     ptx::mbarrier_init(&shared.ds_sent_free, C::kConsumers / 32);
+    ptx::mbarrier_init(&shared.keys_empty, 2);
+    ptx::mbarrier_init(&shared.ticket_full, 1);
+    ptx::mbarrier_init(&shared.ticket_empty, 1);
+    shared.walks.init(kPairWalkReaders);
     ptx::fence_mbarrier_init();
   }
   __syncwarp();
@@ -345,24 +303,20 @@ __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads
 
   if (warpgroup == 0) {
     ptx::registers_give<C::kProducerRegisters>();
-    const BackwardWork work = BackwardWork::make<C>(args, blockIdx.x);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp < 2 && ptx::elect_one()) {
       if (warp == 0) {
-        ptx::wait_for_previous_kernel();
-        produce<C>(args, shared, work, 0, 0);
+        produce_pairs<C>(args, shared);
       } else {
-        PairedDq<C>::acknowledge(shared, work);
+        acknowledge_all<C>(shared);
       }
     }
-    __syncwarp();
   } else {
     ptx::registers_take<C::kConsumerRegisters>();
-    const BackwardWork work = BackwardWork::make<C>(args, blockIdx.x);
     if (warpgroup == 1) {
-      consume_scores<C, kCapped>(args, shared, work, threadIdx.x % 128);
+      consume_pairs<C, kCapped, true>(args, shared, threadIdx.x % 128);
     } else {
-      consume_gradients<C, kCapped>(args, shared, work, threadIdx.x % 128);
+      consume_pairs<C, kCapped, false>(args, shared, threadIdx.x % 128);
     }
   }
   __syncwarp();

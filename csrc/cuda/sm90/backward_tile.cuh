@@ -81,7 +81,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
     load_panels<C>(shared.q[stage], &args.q, &shared.q_full[stage], C::kM, m0, head, work.b);
     ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, C::kM * sizeof(float), &shared.q_full[stage]);
     if (step.index == 0) {
-      if constexpr (C::kPersistent) ptx::mbarrier_wait(&shared.keys_empty, walks & 1 ^ 1);
+      ptx::mbarrier_wait(&shared.keys_empty, walks & 1 ^ 1);
       ptx::mbarrier_arrive_expect(&shared.k_full, kKeyBytes);
       load_panels<C>(shared.k, &args.k, &shared.k_full, C::kN, work.n0, work.kh, work.b);
       ptx::mbarrier_arrive_expect(&shared.v_full, kKeyBytes);
@@ -174,19 +174,22 @@ __device__ __forceinline__ void issue_key_gradient(float (&acc)[C::kH / 2], uint
   ptx::wgmma_commit();
 }
 
-// acc = sDs . sKeys, or with kOnto +=: [64 queries, 64 columns]
-template <class C, bool kOnto = false>
+// acc = sDs . sKeys, or with kOnto +=: [64 queries, 64 columns]. kByQuery: a row of sDs is a query, of panels of 64
+// keys; else it is a key.
+template <class C, bool kByQuery = false, bool kOnto = false>
 __device__ __forceinline__ void issue_query_gradient(float (&acc)[32], uint64_t ds, uint64_t keys) {
+  constexpr auto kMajor = kByQuery ? ptx::Major::kK : ptx::Major::kMN;
   ptx::wgmma_fence();
   if constexpr (kOnto) {
-    ptx::wgmma<typename C::T, 64, ptx::Major::kMN, ptx::Major::kMN>(acc, ds, keys, 1);
+    ptx::wgmma<typename C::T, 64, kMajor, ptx::Major::kMN>(acc, ds, keys, 1);
   } else {
-    ptx::wgmma_overwrite<typename C::T, 64, ptx::Major::kMN, ptx::Major::kMN>(acc, ds, keys);
+    ptx::wgmma_overwrite<typename C::T, 64, kMajor, ptx::Major::kMN>(acc, ds, keys);
   }
 #pragma unroll
   for (int i = 1; i < C::kN / 16; ++i) {
-    ptx::wgmma<typename C::T, 64, ptx::Major::kMN, ptx::Major::kMN>(acc, ds + (i * 16 * kPanelRowBytes >> 4),
-                                                                    keys + (i * 16 * kPanelRowBytes >> 4), 1);
+    const int step = kByQuery ? i / 4 * C::kM * kPanelRowBytes + i % 4 * 32 : i * 16 * kPanelRowBytes;
+    ptx::wgmma<typename C::T, 64, kMajor, ptx::Major::kMN>(acc, ds + (step >> 4), keys + (i * 16 * kPanelRowBytes >> 4),
+                                                           1);
   }
   ptx::wgmma_commit();
 }
@@ -255,6 +258,19 @@ __device__ __forceinline__ void store_fragment(void* sTile, int panel_bytes, con
     const int chunk = (i % 4 * 2 + lane / 16) ^ (r % 8);
     ptx::stmatrix_x4(sRow + i / 4 * panel_bytes + chunk * 16, words[4 * i], words[4 * i + 1], words[4 * i + 2],
                      words[4 * i + 3]);
+  }
+}
+
+// The same, transposed: the fragment's rows become columns column ... of [columns of the fragment][64] at sPanel.
+template <int kWords>
+__device__ __forceinline__ void store_transposed(void* sPanel, const uint32_t (&words)[kWords], int column, int lane) {
+  const int r = lane % 8 + lane / 16 * 8;
+  const int chunk = (column / 8 + lane / 8 % 2) ^ (lane % 8);
+  const uint32_t sChunk = ptx::shared_address(sPanel) + r * kPanelRowBytes + chunk * 16;
+#pragma unroll
+  for (int i = 0; i < kWords / 4; ++i) {
+    ptx::stmatrix_x4_transposed(sChunk + i * 16 * kPanelRowBytes, words[4 * i], words[4 * i + 1], words[4 * i + 2],
+                                words[4 * i + 3]);
   }
 }
 

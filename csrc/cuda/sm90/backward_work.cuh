@@ -20,10 +20,10 @@ struct BackwardWork {
     return args.deterministic && args.mask.window_right >= 0;
   }
 
+  // cluster: the number of a block or pair in the order in which they are taken; rank: a block's place in its pair.
   template <class C>
-  __device__ __forceinline__ static BackwardWork make(const BackwardArguments& args, int32_t block) {
+  __device__ __forceinline__ static BackwardWork make(const BackwardArguments& args, int32_t cluster, int32_t rank) {
     BackwardWork w;
-    const int32_t cluster = block / C::kBlocks;
     // Heads are taken one after the other, so that Q, dO and the sums of dQ stay in L2; the last ones together, so that
     // where walks have different lengths the short ones come at the very end.
     const int32_t rest = cluster - (args.all_key_blocks - args.last_heads * args.key_blocks);
@@ -34,7 +34,7 @@ struct BackwardWork {
     // args.key_blocks counts clusters.
     const int32_t n = rest < 0 ? cluster % args.key_blocks : rest / args.last_heads;
     const int32_t first = (last_first(args) ? args.key_blocks - 1 - n : n) * kSumKeys;
-    w.n0 = first + block % C::kBlocks * C::kN;
+    w.n0 = first + rank * C::kN;
     w.band = make_band(args.shape, args.mask, w.b, w.kh);
     // The blocks of a cluster walk together, over what any of them sees.
     w.tiles = query_blocks(w.band, w.n0, w.n0 + C::kN, C::kM);

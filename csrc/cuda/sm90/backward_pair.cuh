@@ -37,6 +37,20 @@ struct alignas(1024) SplitRolesShared {
   BackwardWalks walks;
 };
 
+// The consumers wait for each other. They come here from different code, and synccheck takes one barrier that is waited
+// for at two places to be diverged: so each waits at a barrier of its own. The scores wait last, so that they cannot
+// arrive a second time before the gradients have seen the first.
+template <class C>
+__device__ __forceinline__ void meet_consumers(int w) {
+  if (w == 0) {
+    ptx::named_barrier_arrive(kScoresHere, C::kConsumers);
+    ptx::named_barrier_sync(kGradientsHere, C::kConsumers);
+  } else {
+    ptx::named_barrier_sync(kScoresHere, C::kConsumers);
+    ptx::named_barrier_arrive(kGradientsHere, C::kConsumers);
+  }
+}
+
 // Where a block stands in its pair, and the products of its share of dQ.
 template <class C>
 struct PairedDq {
@@ -74,40 +88,52 @@ struct PairedDq {
 
   // Leaves nothing in flight. kFreesDs: tells the scores, before the additions, that dS has been read.
   template <bool kFreesDs>
-  __device__ __forceinline__ void add(int32_t m, int32_t g, int32_t tile) {
+  __device__ __forceinline__ void add(const BackwardStep& done) {
     float dq[32];
     issue_query_gradient<C>(dq, ds, keys);
-    ptx::mbarrier_wait(&shared.ds_peer_full, tile & 1);
+    ptx::mbarrier_wait(&shared.ds_peer_full, done.tile & 1);
     issue_query_gradient<C, false, true>(dq, ds_peer, keys_peer);
     ptx::wgmma_wait<0>();
     ptx::pin(dq);
     if (thread % 32 == 0) ptx::mbarrier_arrive_cluster(&shared.ds_sent_free, rank ^ 1);
     if constexpr (kFreesDs) {
-      if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, tile & 1);
+      if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.tile & 1);
       __syncwarp();
       ptx::named_barrier_arrive(kDsFree, C::kConsumers);
     }
 
     if (args.deterministic) {
-      if (thread == 0) turn.wait<C>(args, work, m, g, rank);
+      // What was added to the tile before is complete by now.
+      const bool first = done.m == work.tiles.begin;  // of its query head
+      if (done.index > 0) pass_on(first ? work.tiles.end - 1 : done.m - 1, first ? done.g - 1 : done.g);
+      if (thread == 0) turn.wait<C>(args, work, done.m, done.g, rank);
       ptx::named_barrier_sync(kWarpgroup + w, 128);
     }
     if (panel < C::kPanels) {
-      float* gDq = dq_part<C>(args, work, m, g, panel) + thread * 4;
+      float* gDq = dq_part<C>(args, work, done.m, done.g, panel) + thread * 4;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         ptx::red_add_v4(gDq + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       }
     }
-    if (args.deterministic) {
-      __threadfence();
-      if (w == 0) {
-        ptx::named_barrier_arrive(kDqAdded, C::kConsumers);
-      } else {
-        ptx::named_barrier_sync(kDqAdded, C::kConsumers);
-        if (thread == 0) turn.pass_on<C>(args, work, m, g, rank);
-      }
+  }
+
+  // Deterministic sums: both consumers' additions to this tile are complete, and the next key block may add.
+  __device__ __forceinline__ void pass_on(int32_t m, int32_t g) {
+    __threadfence();
+    if (w == 0) {
+      ptx::named_barrier_arrive(kDqAdded, C::kConsumers);
+    } else {
+      ptx::named_barrier_sync(kDqAdded, C::kConsumers);
+      if (thread == 0) turn.pass_on<C>(args, work, m, g, rank);
     }
+  }
+
+  // After the last tile of a walk.
+  __device__ __forceinline__ void pass_on_last() {
+    if (!args.deterministic) return;
+    meet_consumers<C>(w);
+    pass_on(work.tiles.end - 1, static_cast<int32_t>(args.shape.G) - 1);
   }
 };
 

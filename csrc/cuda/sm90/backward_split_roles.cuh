@@ -102,7 +102,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   }
 
   ptx::named_barrier_sync(kDsReady, C::kConsumers);
-  paired.template add<false>(done.m, done.g, done.tile);
+  paired.template add<false>(done);
 }
 
 template <class C, bool kCapped>
@@ -132,9 +132,10 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
 
     while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
     take_scores<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
+    paired.pass_on_last();
     ptx::pin(dv);
   }
-  ptx::named_barrier_sync(kConsumers, C::kConsumers);  // nobody reads K and V any more
+  meet_consumers<C>(0);  // nobody reads K and V any more
   store_key_gradient<C>(shared.v, C::kN * kPanelRowBytes, &args.dv, dv, 1.0f, work, work.n0, 0, thread);
   if (thread == 0) {
     ptx::bulk_wait_read<0>();
@@ -189,7 +190,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   }
   if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty[stage]);
 
-  paired.template add<!kLast>(done.m, done.g, done.tile);
+  paired.template add<!kLast>(done);
   if constexpr (!kLast) {
     ptx::pin(dp);
   } else {
@@ -227,9 +228,10 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     while (step.index < work.count - 1)
       take_gradients<C, kCapped, false>(paired, step, dp, dk, v_tile, q_tile, do_tile);
     take_gradients<C, kCapped, true>(paired, step, dp, dk, v_tile, q_tile, do_tile);
+    paired.pass_on_last();
     ptx::pin(dk);
   }
-  ptx::named_barrier_sync(kConsumers, C::kConsumers);  // nobody reads K and V any more
+  meet_consumers<C>(1);  // nobody reads K and V any more
   store_key_gradient<C>(shared.k, C::kN * kPanelRowBytes, &args.dk, dk, args.softmax_scale, work, work.n0, 1, thread);
   if (thread == 0) {
     ptx::bulk_wait_read<0>();

@@ -16,12 +16,14 @@
 namespace jax_flash::sm90 {
 
 enum NamedBarrier : int {
-  kDsReady = 1,    // dS is in shared memory (split roles)
-  kPReady = 2,     // P is (split roles)
-  kDsFree = 3,     // dS has been read (split roles)
-  kDqAdded = 4,    // the scores' share of dQ is in the workspace (split roles, deterministic)
-  kConsumers = 6,  // both consumers
-  kWarpgroup = 7,  // + w: one of them
+  kDsReady = 1,     // dS is in shared memory (split roles)
+  kPReady = 2,      // P is (split roles)
+  kDsFree = 3,      // dS has been read (split roles)
+  kDqAdded = 4,     // the scores' share of dQ is in the workspace (split roles, deterministic)
+  kConsumers = 6,   // both consumers (split keys)
+  kWarpgroup = 7,   // + w: one of them
+  kScoresHere = 9,  // see meet_consumers (split roles)
+  kGradientsHere = 10,
 };
 
 template <class C, class Shared>

@@ -4,10 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
-
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/config.h"
+#include "cuda/decode/driver_kernel.h"
 #include "cuda/ptx/dependent_launch.h"
 
 namespace jax_flash::decode {
@@ -100,14 +99,9 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
   int warps = Config::kMaxWarps;
   while (warps > 1 && SharedState<Config>::bytes(warps) > device.shared_memory - 1024) --warps;
   const int bytes = SharedState<Config>::bytes(warps);
-  // Once for each device: this takes a good part of the time that a launch takes.
-  static std::atomic<uint64_t> allowed{0};
-  const uint64_t bit = device.ordinal < 64 ? uint64_t{1} << device.ordinal : 0;
-  if (!(allowed.load(std::memory_order_relaxed) & bit)) {
-    if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-      return status;
-    allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
+  static DriverKernel known;
+  CUfunction function;
+  if (cudaError_t status = known.find(reinterpret_cast<const void*>(kernel), device, bytes, &function)) return status;
   const int32_t row_blocks = ceil_div(params.T * params.G, Config::kRows);
   const int64_t segments = static_cast<int64_t>(params.B) * params.K * row_blocks;
   // No more blocks than can have a tile for every warp, were the cache full.
@@ -119,18 +113,26 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
   const int64_t most = device.multiprocessors < kMaxBlocks ? device.multiprocessors : kMaxBlocks;
   if (blocks > most) blocks = most;
   // From sm_90 on the launch overlaps the end of the kernel before: 1 to 2 us.
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = single ? dim3(static_cast<unsigned>(blocks / segments), static_cast<unsigned>(segments))
-                          : dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(warps * 32);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
+  CUlaunchAttribute overlap;
+  overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  overlap.value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config{};
+  config.gridDimX = static_cast<unsigned>(single ? blocks / segments : blocks);
+  config.gridDimY = single ? static_cast<unsigned>(segments) : 1;
+  config.gridDimZ = 1;
+  config.blockDimX = warps * 32;
+  config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = bytes;
+  config.hStream = stream;
   config.attrs = &overlap;
   config.numAttrs = device.compute_capability >= 90 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params, row_blocks, workspace_layout(params).counter_bytes(), single);
+  // As decode_kernel takes them.
+  KvcacheParams first = params;
+  int32_t second = row_blocks;
+  int64_t third = workspace_layout(params).counter_bytes();
+  bool fourth = single;
+  void* arguments[] = {&first, &second, &third, &fourth};
+  return launch_kernel(config, function, arguments);
 }
 
 // The row-tile variants of one element type and head-dim bucket.

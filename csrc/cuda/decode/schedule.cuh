@@ -51,8 +51,8 @@ __device__ __forceinline__ CacheSequence shuffle(const CacheSequence& s, int lan
 //
 // Balanced: all tiles of all segments stand in one line, cut into equal ranges, one for each block; a range may end in
 // the middle of a segment and hold several. Split: every segment is cut into equal pieces, dealt to the blocks in turn.
-// This is for an explicit num_splits, and, with one piece a segment, for many long sequences of one length: what the
-// blocks read at one time then lies close together, which memory serves 2 % faster. Single: one sequence, whose
+// This is for an explicit num_splits, and, with one piece a segment, for many long sequences of about one length: what
+// the blocks read at one time then lies close together, which memory serves 2 % faster. Single: one sequence, whose
 // segments are cut into one piece for each block, without more ado.
 template <int kKeys>
 struct Schedule {
@@ -85,7 +85,7 @@ struct Schedule {
       shortest = min_i32(shortest, __reduce_min_sync(~0u, count > 0 ? count : INT32_MAX));
       longest = max_i32(longest, __reduce_max_sync(~0u, count));
     }
-    if (shortest == longest && longest >= kLongTiles) {
+    if (longest >= kLongTiles && longest - shortest <= longest / 16) {
       const int32_t segments = params.B * per_sequence, blocks = gridDim.x;
       const int32_t rounds = divide(segments + blocks - 1, blocks);
       if (rounds >= 4 && segments >= rounds * blocks / 16 * 15) return start_split(params, row_blocks, 1);

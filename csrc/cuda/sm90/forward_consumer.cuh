@@ -92,18 +92,18 @@ class Consumer {
     while (!work().last) {
       if (sees_nothing()) {
         free_q();
-        skip(work().blocks.end - work().blocks.begin, true);
+        skip(work().steps, true);
         store_nothing<Config>(a, shared, work(), first_query(), row0, lane);
         open(round + 1);
         continue;
       }
-      skip(work().blocks.end - own.end, false);
+      skip(own.begin, false);
       first_block();
       while (true) {
         later_blocks();
-        const int32_t skipped_after = own.begin - work().blocks.begin;
+        const int32_t skipped_after = work().steps - own.end;
         open(round + 1);
-        if (work().last || sees_nothing() || skipped_after > 0 || own.end < work().blocks.end) {
+        if (work().last || sees_nothing() || skipped_after > 0 || own.begin > 0) {
           last_output();
           skip(skipped_after, false);
           break;
@@ -114,6 +114,8 @@ class Consumer {
   }
 
  private:
+  enum class Softmax { kGeneral, kSettled, kSettledMasked };
+
   __device__ __forceinline__ const ForwardWork& work(uint32_t rounds_ago = 0) const {
     return shared.work[(round - rounds_ago) % shared.kWorks];
   }
@@ -123,7 +125,7 @@ class Consumer {
     round = next_round;
     const QSlot slot(round);
     ptx::mbarrier_wait(&shared.q_full[slot.stage][warpgroup], slot.full_parity);
-    own = visited_blocks(work().band, first_query(), first_query() + a.queries, kKeys);
+    own = work().own[warpgroup];
   }
   __device__ __forceinline__ int32_t first_query(uint32_t rounds_ago = 0) const {
     return work(rounds_ago).query + warpgroup * a.queries;
@@ -133,6 +135,7 @@ class Consumer {
   // The first block of a tile, alone.
   __device__ __forceinline__ void first_block() {
     wait_k(use);
+    float rS[kKeys / 2];
     ptx::pin(rS);
     ptx::wgmma_fence();
     issue_scores<Config>(rS, q_slot(), k_slot(use));
@@ -140,23 +143,20 @@ class Consumer {
     ptx::pin(rS);
     free_k(use);
     if (own.end - 1 == own.begin) free_q();
-    softmax.init();
-    soften(own.end - 1);
+    init_softmax();
+    soften(own.begin, rS);
     pack_fragment<Element>(rS, rP);
     prepare_second();
   }
 
-  // Masked blocks, then whole ones. After the masked blocks of a diagonal one more goes the general way: its rows may
-  // have seen nothing before. O lags one block behind.
+  // O lags one step behind. Whole blocks have a loop of their own.
   __device__ __forceinline__ void later_blocks() {
-    const int32_t plain_end = a.transform.needed ? own.begin : own.full_end - 1;
-    int32_t j = own.end - 2;
     accumulate = false;
-    for (; j >= own.begin && j >= plain_end; --j) step<false>(j);
-    for (; j >= own.full_begin; --j) step<true>(j);
-    if constexpr (Config::kBand) {  // a window's left edge
-      for (; j >= own.begin; --j) step<false>(j);
-    }
+    int32_t n = own.begin + 1;
+    for (; n < own.settled; ++n) step<Softmax::kGeneral>(n);
+    for (; n < own.full_end; ++n) step<Softmax::kSettled>(n);
+    for (; n < own.end; ++n) step<Softmax::kSettledMasked>(n);
+    clear_v(own.end - 1);
   }
 
   // The last O of the tile before this one, alone.
@@ -175,6 +175,7 @@ class Consumer {
   // The last O of the tile before this one, and the first block of this one.
   __device__ __forceinline__ void turn_over() {
     wait_k(use + 1);
+    float rS[kKeys / 2];
     ptx::pin(rS);
     ptx::pin(rP);
     ptx::pin(rO);
@@ -188,8 +189,8 @@ class Consumer {
     free_k(use + 1);
     if (own.end - 1 == own.begin) free_q();
     const LaggingSoftmax finished = softmax;
-    softmax.init();
-    soften(own.end - 1);
+    init_softmax();
+    soften(own.begin, rS);
     ptx::wgmma_wait<0>();
     ptx::pin(rO);
     ptx::pin(rP);
@@ -200,8 +201,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void prepare_second() {
-    clear_v(own.end - 1);
-    if (own.end - 1 > own.begin) wait_k(use + 1);
+    clear_v(own.begin);
+    if (own.begin + 1 < own.end) wait_k(use + 1);
   }
 
   // O of the tile before this one.
@@ -209,11 +210,11 @@ class Consumer {
     store_output<Config>(a, shared, work(1), first_query(1), row0, rO, finished, lane);
   }
 
-  // S of block j, under use + 1, while O takes block j + 1, under use. A plain block needs no mask, and its rows have
-  // seen keys before.
-  template <bool kPlain>
-  __device__ __forceinline__ void step(int32_t j) {
+  // S of step n, under use + 1, while O takes the block of the step before, under use.
+  template <Softmax kSoftmax>
+  __device__ __forceinline__ void step(int32_t n) {
     if (Config::kTakeTurns) ptx::named_barrier_sync(my_turn, 256);
+    float rS[kKeys / 2];
     ptx::pin(rS);
     ptx::pin(rP);
     ptx::pin(rO);
@@ -226,17 +227,20 @@ class Consumer {
     ptx::wgmma_wait<1>();
     ptx::pin(rS);
     free_k(use + 1);
-    if (j == own.begin) free_q();
+    if (n == own.end - 1) free_q();
     bool rescale;
-    if constexpr (kPlain) {
+    if constexpr (kSoftmax == Softmax::kSettled) {
       rescale = softmax.template update_settled<Config::kPolynomial>(rS, correction);
+    } else if constexpr (kSoftmax == Softmax::kSettledMasked) {
+      hide(n, rS);
+      rescale = softmax.template update_settled<0>(rS, correction);
     } else {
-      rescale = soften(j);
+      rescale = soften(n, rS);
     }
     // Here, and not at the top of the next step: a basic block ends, or the compiler would sink the exponentials below
     // the wait for O and out of its shadow. That it depends on the sums keeps their additions up here too, in the gaps
     // between the exponentials.
-    if (j > own.begin) wait_k(use + 2, softmax.sum[0] + softmax.sum[1] < 0.0f);
+    if (n < own.end - 1) wait_k(use + 2, softmax.sum[0] + softmax.sum[1] < 0.0f);
     ptx::wgmma_wait<0>();
     ptx::pin(rO);
     ptx::pin(rP);
@@ -246,18 +250,32 @@ class Consumer {
     accumulate = true;
   }
 
-  // Softmax of a block that may need anything.
-  __device__ __forceinline__ bool soften(int32_t j) {
-    if (a.transform.needed) a.transform.apply(rS);
-    if (j < own.full_begin || j >= own.full_end) {
-      const int32_t first = j * kKeys + lane % 4 * 2;
-      const int32_t i[2] = {first_query() + shared.row_query[row0], first_query() + shared.row_query[row0 + 8]};
-      const Band band = work().band;
-      const int begin[2] = {band.key_begin(i[0]) - first, band.key_begin(i[1]) - first};
-      const int end[2] = {band.key_end(i[0]) - first, band.key_end(i[1]) - first};
-      keep_columns(rS, begin, end, -infinity());
+  __device__ __forceinline__ void init_softmax() {
+    const Band band = work().band;
+    bool sees[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t i = first_query() + shared.row_query[row0 + 8 * r];
+      sees[r] = band.key_begin(i) < band.key_end(i);
     }
+    softmax.init(sees);
+  }
+
+  // Softmax of a block that may need anything.
+  __device__ __forceinline__ bool soften(int32_t n, float (&rS)[kKeys / 2]) {
+    if (a.transform.needed) a.transform.apply(rS);
+    if (n < own.full_begin || n >= own.full_end) hide(n, rS);
     return softmax.update(rS, correction);
+  }
+
+  // What the band hides in step n.
+  __device__ __forceinline__ void hide(int32_t n, float (&rS)[kKeys / 2]) {
+    const int32_t first = work().key(n) + lane % 4 * 2;
+    const int32_t i[2] = {first_query() + shared.row_query[row0], first_query() + shared.row_query[row0 + 8]};
+    const Band band = work().band;
+    const int begin[2] = {band.key_begin(i[0]) - first, band.key_begin(i[1]) - first};
+    const int end[2] = {band.key_end(i[0]) - first, band.key_end(i[1]) - first};
+    keep_columns(rS, begin, end, -infinity());
   }
 
   // Blocks that only other warpgroups' rows see. The token still goes round once a block but the tile's first.
@@ -293,9 +311,9 @@ class Consumer {
   __device__ __forceinline__ void free_q() {
     if (leader) ptx::mbarrier_arrive(&shared.q_empty[QSlot(round).stage][warpgroup]);
   }
-  // Block j, under use, is the last of a sequence that ends before the array does.
-  __device__ __forceinline__ void clear_v(int32_t j) {
-    const int32_t valid = work().band.S - j * kKeys;
+  // Where a sequence ends in the block of step n, under use, and the array does not.
+  __device__ __forceinline__ void clear_v(int32_t n) {
+    const int32_t valid = work().band.S - work().key(n);
     if (valid >= kKeys || work().band.S >= a.shape.S) return;
     wait_v();
     clear_values<Config>(shared.sV[KVSlot(use).stage], valid, warpgroup, thread);
@@ -315,11 +333,11 @@ class Consumer {
 
   uint32_t use = 0;  // blocks done: the K and V slots of the block in hand
   uint32_t round;    // tiles opened before this one
-  BlockRange own;    // key blocks that some row of this warpgroup sees
+  ForwardSteps own;  // of this tile's walk
   bool accumulate;   // O holds something of this tile
   LaggingSoftmax softmax;
   float correction[2];
-  float rO[Config::kHeadDim / 2], rS[kKeys / 2];
+  float rO[Config::kHeadDim / 2];
   uint32_t rP[kKeys / 4];
 };
 

@@ -1,5 +1,6 @@
-// The Hopper forward kernel. A persistent block has one producer warp, which keeps TMA loads of Q, K and V in flight,
-// and two or three consumer warpgroups, each with 64 rows of queries, which do everything else:
+// The Hopper forward kernel. A persistent block has two producer threads, which find its tiles and keep TMA loads of Q
+// and of K and V in flight, and two or three consumer warpgroups, each with 64 rows of queries, which do everything
+// else:
 //
 //   S = Q K^T        wgmma, both operands in shared memory
 //   P = softmax(S)   in registers
@@ -7,7 +8,6 @@
 //
 // Within a warpgroup the S of the next block is issued before the O of this one, and its softmax runs under them.
 // Between warpgroups a token goes round: who holds it issues its products, so that the others' softmaxes run meanwhile.
-// Key blocks are visited from the last to the first, so that a diagonal comes first.
 #pragma once
 
 #include "cuda/ptx/cluster.h"
@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
       ptx::mbarrier_init(&shared.k_empty[s], 4 * Config::kWarpgroups);
       ptx::mbarrier_init(&shared.v_empty[s], 4 * Config::kWarpgroups);
     }
+    for (uint64_t& told : shared.work_told) ptx::mbarrier_init(&told, 1);
     ptx::fence_mbarrier_init();
     ptx::tma_prefetch_descriptor(&a.q);
     ptx::tma_prefetch_descriptor(&a.k);
@@ -54,7 +55,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler then knows that it is uniform
   if (warpgroup == 0) {
     ptx::registers_give<Config::kProducerRegisters>();
-    if (threadIdx.x < 32 && ptx::elect_one()) produce<Config>(shared, a);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp == 0) {
+      if (ptx::elect_one()) produce_tiles<Config>(shared, a);
+    } else if (warp == 1) {
+      if (ptx::elect_one()) produce_keys<Config>(shared, a);
+    }
   } else {
     ptx::registers_take<Config::kConsumerRegisters>();
     Consumer<Config>(shared, a, warpgroup - 1).run();

@@ -10,10 +10,6 @@
 
 namespace jax_flash::sm90 {
 
-// Up to this many keys even a call without a band takes the kernel for bands. (H128, 4096 keys, H100 80GB HBM3: 637
-// against 607 TFLOP/s; 16384 keys: 689 against 705.)
-inline constexpr int64_t kNarrowKeys = 4096;
-
 // Whether the query heads of a KV head share a tile's rows: where that leaves fewer tiles.
 inline int32_t packed_heads(const Shape& shape, int rows) {
   if (shape.G == 1 || shape.G > 64) return 1;
@@ -50,18 +46,12 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
   if (error == cudaSuccess) error = encode_tensor_map(&a.v, params.v, params.dtype, Config::kSwizzle, kv);
   if (error != cudaSuccess) return error;
 
-  // Heads whose K and V share L2 (50 MB) with room to spare; without a band all tiles of a head run at about the same
-  // time.
-  constexpr int64_t kL2Bytes = 32 << 20;
-  const int64_t kv_in_l2 = kL2Bytes / (4 * keys * shape.H);
-  const int64_t in_l2 = (kv_in_l2 > 1 ? kv_in_l2 : 1) * (heads / shape.K);
   const int64_t tile_queries = Config::kWarpgroups * a.queries;
   const int32_t query_tiles = static_cast<int32_t>((shape.T + tile_queries - 1) / tile_queries);
-  const int32_t section = in_l2 < kMaxLength ? static_cast<int32_t>(in_l2) : kMaxLength;
   const int64_t tiles = query_tiles * heads * shape.B;
   const int32_t blocks = tiles < device.multiprocessors ? static_cast<int32_t>(tiles) : device.multiprocessors;
-  a.schedule = ForwardSchedule::make(query_tiles, static_cast<int32_t>(heads), static_cast<int32_t>(shape.B), section,
-                                     band, blocks);
+  a.schedule = ForwardSchedule::make(query_tiles, static_cast<int32_t>(heads), static_cast<int32_t>(shape.B),
+                                     static_cast<int32_t>(heads / shape.K), band, blocks);
 
   const auto kernel = forward_kernel<Config>;
   constexpr int kSharedBytes = sizeof(ForwardShared<Config>);
@@ -75,12 +65,12 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
 template <class Element, int kHeadDim>
 inline cudaError_t forward_bucket(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   const bool band = params.mask.window_left >= 0 || params.mask.window_right >= 0;
-  const auto narrow = launch_forward<ForwardConfig<Element, kHeadDim, true>>;
+  const auto brief = launch_forward<ForwardConfig<Element, kHeadDim, true>>;
   if constexpr (same_tiles(kHeadDim)) {
-    return narrow(params, band, device, stream);
+    return brief(params, band, device, stream);
   } else {
-    const auto wide = launch_forward<ForwardConfig<Element, kHeadDim, false>>;
-    return (band || params.shape.S <= kNarrowKeys ? narrow : wide)(params, band, device, stream);
+    const auto longer = launch_forward<ForwardConfig<Element, kHeadDim, false>>;
+    return (brief_walks(band, params.shape.S) ? brief : longer)(params, band, device, stream);
   }
 }
 

@@ -1,4 +1,5 @@
-// The producer of the Hopper forward kernel: one thread that finds the block's tiles and keeps TMA loads in flight.
+// The producer of the Hopper forward kernel: a thread that finds the block's tiles and loads their Q, and one that
+// loads K and V. (Finding a tile takes as long as a step or two, and K and V must not wait for it.)
 #pragma once
 
 #include <cuda.h>
@@ -8,6 +9,7 @@
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/forward_shared.h"
+#include "cuda/sm90/forward_walk.h"
 
 namespace jax_flash::sm90 {
 
@@ -15,15 +17,15 @@ template <class Config>
 __device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, int32_t round) {
   ForwardWork work;
   work.last = !a.schedule.tile(round, blockIdx.x, gridDim.x, &work.tile);
-  work.blocks = BlockRange{0, 0, 0, 0};
+  work.steps = 0;
   if (work.last) return work;
-  const int32_t kv_head = a.packed > 1 ? work.tile.head : work.tile.head / static_cast<int32_t>(a.shape.G);
-  work.band = make_band(a.shape, a.mask, work.tile.batch, kv_head);
+  work.kv_head = a.packed > 1 ? work.tile.head : work.tile.head / static_cast<int32_t>(a.shape.G);
+  work.band = make_band(a.shape, a.mask, work.tile.batch, work.kv_head);
   // Tiles are laid from the last query backwards: where they do not divide T, the first one is short. Under a causal
   // mask that is the one with the fewest keys.
   const int32_t queries = Config::kWarpgroups * a.queries;
   work.query = static_cast<int32_t>(a.shape.T) - (a.schedule.query_tiles - work.tile.query_tile) * queries;
-  work.blocks = visited_blocks(work.band, work.query, work.query + queries, Config::kKeys);
+  plan_walk<Config>(work, a.queries, a.transform.needed);
   return work;
 }
 
@@ -60,41 +62,53 @@ __device__ __forceinline__ void load_keys(typename Config::Element (*sTile)[Conf
   }
 }
 
+// Finds the tiles, tells of them, and loads their Q.
 template <class Config>
-__device__ __forceinline__ void produce(ForwardShared<Config>& shared, const ForwardArguments& a) {
-  using KVSlot = Slot<Config::kStages>;
-  uint32_t k_use = 0, v_use = 0;
-  // Q runs ahead of K and V by this many tiles.
-  constexpr int kAhead = Config::kQStages - 1;
-  shared.work[0] = next_work<Config>(a, 0);
-  if (kAhead > 0) load_queries<Config>(shared, a, 0);
+__device__ __forceinline__ void produce_tiles(ForwardShared<Config>& shared, const ForwardArguments& a) {
   for (int32_t round = 0;; ++round) {
-    const ForwardWork& work = shared.work[round % shared.kWorks];
-    const int32_t batch = work.tile.batch;
-    const int32_t kv_head = a.packed > 1 ? work.tile.head : work.tile.head / static_cast<int32_t>(a.shape.G);
-    const int32_t begin = work.blocks.begin, end = work.blocks.end;
-    const auto load_k = [&](int32_t j) {
-      const KVSlot slot(k_use++);
-      load_keys<Config>(shared.sK[slot.stage], &a.k, &shared.k_full[slot.stage], &shared.k_empty[slot.stage],
-                        slot.empty_parity, kv_head, j * Config::kKeys, batch);
-    };
-    const auto load_v = [&](int32_t j) {
-      const KVSlot slot(v_use++);
-      load_keys<Config>(shared.sV[slot.stage], &a.v, &shared.v_full[slot.stage], &shared.v_empty[slot.stage],
-                        slot.empty_parity, kv_head, j * Config::kKeys, batch);
-    };
-    // K first: its slot is free before a Q is.
-    if (begin < end) load_k(end - 1);
-    if (kAhead == 0) load_queries<Config>(shared, a, round);
+    ForwardWork& work = shared.work[round % shared.kWorks];
+    work = next_work<Config>(a, round);
+    ptx::mbarrier_arrive(&shared.work_told[round % shared.kWorks]);
+    load_queries<Config>(shared, a, round);
     if (work.last) break;
-    shared.work[(round + 1) % shared.kWorks] = next_work<Config>(a, round + 1);
-    if (kAhead > 0) load_queries<Config>(shared, a, round + 1);
-    if (begin == end) continue;
-    for (int32_t j = end - 2; j >= begin; --j) {
-      load_k(j);
-      load_v(j + 1);
+  }
+}
+
+// Loads K and V in the order in which they are needed, the K of a step before its V, across tiles too.
+template <class Config>
+__device__ __forceinline__ void produce_keys(ForwardShared<Config>& shared, const ForwardArguments& a) {
+  using KVSlot = Slot<Config::kStages>;
+  struct Tile {
+    int32_t steps, first_key, key_step, kv_head, batch;
+    bool last;
+  };
+  const auto open = [&](int32_t round) {
+    ptx::mbarrier_wait(&shared.work_told[round % shared.kWorks], round / shared.kWorks & 1);
+    const ForwardWork& work = shared.work[round % shared.kWorks];
+    return Tile{work.steps, work.first_key, work.key_step, work.kv_head, work.tile.batch, work.last};
+  };
+  uint32_t k_use = 0, v_use = 0;
+  const auto load_k = [&](const Tile& tile, int32_t step) {
+    const KVSlot slot(k_use++);
+    load_keys<Config>(shared.sK[slot.stage], &a.k, &shared.k_full[slot.stage], &shared.k_empty[slot.stage],
+                      slot.empty_parity, tile.kv_head, tile.first_key + step * tile.key_step, tile.batch);
+  };
+  const auto load_v = [&](const Tile& tile, int32_t step) {
+    const KVSlot slot(v_use++);
+    load_keys<Config>(shared.sV[slot.stage], &a.v, &shared.v_full[slot.stage], &shared.v_empty[slot.stage],
+                      slot.empty_parity, tile.kv_head, tile.first_key + step * tile.key_step, tile.batch);
+  };
+  Tile tile = open(0);
+  if (tile.steps > 0) load_k(tile, 0);
+  for (int32_t round = 1; !tile.last; ++round) {
+    for (int32_t n = 1; n < tile.steps; ++n) {
+      load_k(tile, n);
+      load_v(tile, n - 1);
     }
-    load_v(begin);
+    const Tile next = open(round);
+    if (next.steps > 0) load_k(next, 0);
+    if (tile.steps > 0) load_v(tile, tile.steps - 1);
+    tile = next;
   }
 }
 

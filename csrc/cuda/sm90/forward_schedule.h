@@ -1,9 +1,10 @@
-// Which tile a block works on next. Static: tiles are dealt to the persistent blocks in rounds, so producer and
-// consumers find out for themselves and nothing is kept in memory.
+// Which tile a block works on next. Static: tiles are dealt to the persistent blocks in rounds, and nothing is kept in
+// memory.
 //
 // With a band, the tiles of a head take the longer the later their queries are. They are dealt in pairs of one head,
 // the n-th last with the n-th first, which all take about the same time; what is left of the last round of pairs is
-// dealt one by one, longest first, every second round backwards. Heads go in sections whose K and V fit in L2 together.
+// dealt one by one, longest first, every second round backwards. Heads go in sections that make up a round of pairs, so
+// that as few K and V as possible are in use at a time: with twice as many, memory was the limit at 1024 keys.
 #pragma once
 
 #include <cstdint>
@@ -22,17 +23,22 @@ struct ForwardSchedule {
   int32_t query_tiles;   // per head
   int32_t heads;         // per batch
   int32_t heads_in_all;  // heads * batches
-  int32_t section;       // heads
+  int32_t section;       // heads; 0 without a band
   int32_t paired;        // pairs that are dealt as pairs: full rounds of them; 0 without a band
+  int32_t pair_rounds;   // how many
 
+  // `sharing`: so many heads in a row share K and V.
   JAX_FLASH_HOST_DEVICE static ForwardSchedule make(int32_t query_tiles, int32_t heads, int32_t batches,
-                                                    int32_t section, bool band, int32_t blocks) {
+                                                    int32_t sharing, bool band, int32_t blocks) {
     ForwardSchedule s;
     s.query_tiles = query_tiles;
     s.heads = heads;
     s.heads_in_all = heads * batches;
-    s.section = band ? min_i32(section, s.heads_in_all) : 0;
-    s.paired = band ? query_tiles / 2 * s.heads_in_all / blocks * blocks : 0;
+    const int32_t rows = query_tiles / 2;
+    const int32_t one_round = rows > 0 ? ceil_div(ceil_div(blocks, rows), sharing) * sharing : s.heads_in_all;
+    s.section = band ? min_i32(one_round, s.heads_in_all) : 0;
+    s.pair_rounds = band ? static_cast<int32_t>(int64_t{rows} * s.heads_in_all / blocks) : 0;
+    s.paired = s.pair_rounds * blocks;
     return s;
   }
 
@@ -47,7 +53,6 @@ struct ForwardSchedule {
       set(index / query_tiles, index % query_tiles, tile);
       return true;
     }
-    const int32_t pair_rounds = paired / blocks;
     if (round < 2 * pair_rounds) {
       set_pair(round / 2 * blocks + block, round % 2 == 0, tile);
       return true;
@@ -76,9 +81,11 @@ struct ForwardSchedule {
 
   JAX_FLASH_HOST_DEVICE void set_pair(int32_t pair, bool longer, ForwardTileIndex* tile) const {
     const int32_t rows = query_tiles / 2;
-    const int32_t first_head = pair / (section * rows) * section;
+    // The last section takes the heads that do not make up one.
+    const int32_t which = min_i32(pair / (section * rows), heads_in_all / section - 1);
+    const int32_t first_head = which * section;
     const int32_t rest = pair - first_head * rows;
-    const int32_t here = min_i32(section, heads_in_all - first_head);
+    const int32_t here = which == heads_in_all / section - 1 ? heads_in_all - first_head : section;
     const int32_t row = rest / here;
     set(first_head + rest - row * here, longer ? query_tiles - 1 - row : row, tile);
   }

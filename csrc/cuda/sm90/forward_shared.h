@@ -29,25 +29,35 @@ struct ForwardArguments {
   float* lse;        // [B, N, T], natural log
 };
 
-// A tile, as the producer found it and the consumers read it from shared memory.
-struct ForwardWork {
-  ForwardTileIndex tile;
-  Band band;
-  BlockRange blocks;  // of keys, that some row of the tile sees
-  int32_t query;      // the tile's first; may be negative
-  bool last;          // no tile at all: the end
-
-  __device__ __forceinline__ bool empty() const { return blocks.begin >= blocks.end; }
+// What a warpgroup has of its tile's walk: steps [begin, end) show its rows something, [full_begin, full_end)
+// everything. From step `settled` on, every row that sees a key at all has seen one.
+struct ForwardSteps {
+  int32_t begin, end, full_begin, full_end, settled;
 };
 
-// The key blocks that queries [i0, i1) visit, of which those below 0 do not exist.
-__device__ __forceinline__ BlockRange visited_blocks(const Band& band, int32_t i0, int32_t i1, int32_t keys) {
-  return i1 > 0 ? key_blocks(band, max(i0, 0), i1, keys) : BlockRange{0, 0, 0, 0};
-}
+// A tile, as the producer found it and the consumers read it from shared memory. It walks over key blocks, in step n
+// over keys [first_key + n * key_step, + kKeys).
+struct ForwardWork {
+  static constexpr int kMostWarpgroups = 3;
+
+  ForwardTileIndex tile;
+  int32_t kv_head;
+  int32_t query;  // the tile's first; may be negative
+  Band band;
+  int32_t steps, first_key, key_step;
+  ForwardSteps own[kMostWarpgroups];
+  bool last;  // no tile at all: the end
+
+  __device__ __forceinline__ bool empty() const { return steps == 0; }
+  __device__ __forceinline__ int32_t key(int32_t step) const { return first_key + step * key_step; }
+};
 
 template <class Config>
 struct ForwardShared {
   using Element = typename Config::Element;
+  // The news of a tile is up to three tiles ahead of the slowest warpgroup, and that may still store the tile before
+  // its own.
+  static constexpr int kWorks = 8;
   // Each panel is [rows][kPanelColumns], swizzled.
   alignas(
       1024) Element sQ[Config::kQStages][Config::kWarpgroups][Config::kPanels][Config::kRows * Config::kPanelColumns];
@@ -57,12 +67,10 @@ struct ForwardShared {
   alignas(8) uint64_t q_full[Config::kQStages][Config::kWarpgroups], q_empty[Config::kQStages][Config::kWarpgroups];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+  uint64_t work_told[kWorks];  // for the producer of K and V; consumers hear of a tile with its Q
   // Row r of a warpgroup is query r / packed of head r % packed; past every T where the group leaves a rest. (Looked
   // up, because registers are dear and it is rarely needed.)
   int32_t row_query[Config::kRows], row_head[Config::kRows];
-  // Comes with Q, which may be two tiles ahead of the slowest warpgroup, and that may still store the tile before its
-  // own.
-  static constexpr int kWorks = 8;
   ForwardWork work[kWorks];
 };
 

@@ -37,13 +37,17 @@ struct LaggingSoftmax {
   static constexpr float kLag = 8.0f;
 
   float log2_scale;  // positive
-  float base[2];     // the exponent that counts as 0: the maximum, or up to kLag below; -inf before any visible key
+  float base[2];     // the exponent that counts as 0: the maximum, or up to kLag below; -inf before any visible key;
+                     // +inf or NaN where there is none at all
   float sum[2];      // of this lane's columns
 
   __device__ __forceinline__ explicit LaggingSoftmax(float log2_scale) : log2_scale(log2_scale) {}
 
-  __device__ __forceinline__ void init() {
-    base[0] = base[1] = -infinity();
+  // A row that sees nothing has no say in when a warp rescales, or what lies past the lengths would show in the last
+  // bits of its neighbours.
+  __device__ __forceinline__ void init(const bool (&sees)[2]) {
+    base[0] = sees[0] ? -infinity() : infinity();
+    base[1] = sees[1] ? -infinity() : infinity();
     sum[0] = sum[1] = 0.0f;
   }
 

@@ -65,7 +65,7 @@ def flash_attn_with_kvcache(
     The caches are updated in place where their buffers may be: donate them to jit (`donate_argnums`), or carry them
     through `lax.while_loop` or `lax.scan`. Elsewhere, and where XLA splits the call over devices by itself, they are
     copied first, and the caller's arrays stay as they were. Keep one array per layer: slicing a stacked cache copies.
-    On a GPU the output of a few query tokens likewise takes the buffer of q, and a q that is needed afterwards is copied.
+    On a GPU the output of a few query tokens likewise takes the buffer of q; a q that is needed afterwards is copied.
 
     Values that are only known on the device are never trusted with memory. cache_seqlens is clamped to [0, capacity];
     new tokens past the capacity (S, or max_pages * page_size) are neither written nor seen; a sequence whose

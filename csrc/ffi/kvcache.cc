@@ -5,35 +5,6 @@
 namespace jax_flash {
 namespace {
 
-struct Attributes {
-  bool has_batch_index, has_block_table, has_leftpad, has_lengths, has_new, has_rotary;
-  int32_t num_splits;
-  bool per_head, rotary_interleaved, rotary_per_sequence;
-  ScoreParams score;
-  bool time_major;
-  int64_t window_left, window_right;
-};
-
-// In the order of their names.
-Attributes read_attributes(Reader& reader) {
-  Attributes a;
-  a.has_batch_index = reader.attr<bool>("has_batch_index");
-  a.has_block_table = reader.attr<bool>("has_block_table");
-  a.has_leftpad = reader.attr<bool>("has_leftpad");
-  a.has_lengths = reader.attr<bool>("has_lengths");
-  a.has_new = reader.attr<bool>("has_new");
-  a.has_rotary = reader.attr<bool>("has_rotary");
-  a.num_splits = reader.attr<int32_t>("num_splits");
-  a.per_head = reader.attr<bool>("per_head");
-  a.rotary_interleaved = reader.attr<bool>("rotary_interleaved");
-  a.rotary_per_sequence = reader.attr<bool>("rotary_per_sequence");
-  a.score = read_score(reader);
-  a.time_major = reader.attr<bool>("time_major");
-  a.window_left = reader.attr<int64_t>("window_left");
-  a.window_right = reader.attr<int64_t>("window_right");
-  return a;
-}
-
 // The dimensions of a call, in the order in which its arrays lie in memory (time_major) or in the logical one, where
 // the heads come first so that XLA can split them and layouts say how the bytes lie. Leading axes are those of vmap.
 struct Layout {
@@ -51,10 +22,10 @@ struct Layout {
   Dims per_sequence() const { return per_head ? dims({B, K}) : dims({B}); }
 };
 
-Layout read_layout(Reader& reader, const Attributes& attributes, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
+Layout read_layout(Reader& reader, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
   Layout l;
-  l.time_major = attributes.time_major;
-  l.per_head = attributes.per_head;
+  l.time_major = reader.attr<bool>("time_major");
+  l.per_head = reader.attr<bool>("per_head");
   const DimsView qd = q.dimensions(), cd = cache.dimensions();
   if (qd.size() < 5 || qd.size() > Dims::kMostAxes || cd.size() + 1 != qd.size()) {
     reader.fail("q and k_cache must have ranks 5 and 4 (more for mapped axes); got " + to_string(qd) + ", " +
@@ -82,8 +53,7 @@ Layout read_layout(Reader& reader, const Attributes& attributes, ffi::AnyBuffer 
 ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::RemainingArgs rest, ffi::RemainingRets caches,
                                          ffi::Dictionary attrs) {
   Reader reader("jax_flash_kvcache", rest, attrs);
-  const Attributes a = read_attributes(reader);
-  const Layout l = read_layout(reader, a, b.q, b.k_cache);
+  const Layout l = read_layout(reader, b.q, b.k_cache);
   if (!reader.ok()) return ffi::Unexpected(reader.error());
   const ffi::DataType type = b.q.element_type();
   KvcacheParams p{};
@@ -97,33 +67,33 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.rows = static_cast<int32_t>(l.rows);
   p.S = static_cast<int32_t>(l.S);
   p.sequence_stride = static_cast<int32_t>(l.per_head ? l.K : 1);
-  p.window_left = a.window_left;
-  p.window_right = a.window_right;
-  p.score = a.score;
-  p.num_splits = a.num_splits;
+  p.window_left = reader.attr<int64_t>("window_left");
+  p.window_right = reader.attr<int64_t>("window_right");
+  p.score = read_score(reader);
+  p.num_splits = reader.attr<int32_t>("num_splits");
 
-  if (const auto k_new = reader.optional("k_new", a.has_new)) {
+  if (const auto k_new = reader.optional("has_new")) {
     const DimsView got = k_new->dimensions();
     const int64_t T_new = got.size() == l.vmapped.size() + 4 ? got[l.vmapped.size() + (l.time_major ? 1 : 2)] : -1;
     reader.expect("k_new", *k_new, type, l.key(l.B, T_new));
     if (T_new > l.T) reader.fail("more new tokens than queries");
     p.T_new = static_cast<int32_t>(T_new);
     p.k_new = k_new->untyped_data();
-    if (const auto v_new = reader.optional("v_new", a.has_new)) {
+    if (const auto v_new = reader.optional("has_new")) {
       reader.expect("v_new", *v_new, type, l.key(l.B, T_new));
       p.v_new = v_new->untyped_data();
     }
   }
-  const auto integers = [&](const char* name, bool is_set, const Dims& want) -> const int32_t* {
-    const auto buffer = reader.optional(name, is_set);
+  const auto integers = [&](const char* flag, const char* name, const Dims& want) -> const int32_t* {
+    const auto buffer = reader.optional(flag);
     if (!buffer) return nullptr;
     reader.expect(name, *buffer, ffi::DataType::S32, want);
     return static_cast<const int32_t*>(buffer->untyped_data());
   };
-  p.lengths = integers("lengths", a.has_lengths, l.per_sequence());
-  p.batch_index = integers("batch_index", a.has_batch_index, l.per_sequence());
-  p.leftpad = integers("leftpad", a.has_leftpad, l.per_sequence());
-  if (const auto table = reader.optional("block_table", a.has_block_table)) {
+  p.lengths = integers("has_lengths", "lengths", l.per_sequence());
+  p.batch_index = integers("has_batch_index", "batch_index", l.per_sequence());
+  p.leftpad = integers("has_leftpad", "leftpad", l.per_sequence());
+  if (const auto table = reader.optional("has_block_table")) {
     const DimsView got = table->dimensions();
     p.pages = got.size() == 0 ? 0 : static_cast<int32_t>(got.back());
     if (p.pages < 1 || got.back() * l.S > kMaxLength) reader.fail("block_table names no pages, or too many");
@@ -131,12 +101,12 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     p.block_table = static_cast<const int32_t*>(table->untyped_data());
   }
   if (!p.pages && !p.batch_index && l.rows != l.B) reader.fail("the cache must have a row for each sequence");
-  if (const auto cos = reader.optional("cos", a.has_rotary)) {
+  if (const auto cos = reader.optional("has_rotary")) {
     const DimsView got = cos->dimensions();
     RotaryParams& r = p.rotary;
-    r.interleaved = a.rotary_interleaved;
+    r.interleaved = reader.attr<bool>("rotary_interleaved");
     r.per_query = p.window_left >= 0 || p.window_right >= 0;
-    r.per_sequence = a.rotary_per_sequence;
+    r.per_sequence = reader.attr<bool>("rotary_per_sequence");
     r.dtype = to_dtype(cos->element_type()).value_or(p.dtype);
     if (got.size() < 2 || got.back() * 2 > l.H || got.back() % 8 != 0 || got[got.size() - 2] < 1) {
       reader.fail("the rotary tables have the wrong shape " + to_string(got));
@@ -148,7 +118,7 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     if (r.dtype != DType::kFloat32 && r.dtype != p.dtype) reader.fail("the rotary tables must be float32 or as q");
     reader.expect("cos", *cos, cos->element_type(), want);
     r.cos = cos->untyped_data();
-    if (const auto sin = reader.optional("sin", a.has_rotary)) {
+    if (const auto sin = reader.optional("has_rotary")) {
       reader.expect("sin", *sin, cos->element_type(), want);
       r.sin = sin->untyped_data();
     }

@@ -5,7 +5,6 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
-#include <type_traits>
 
 #include "params.h"
 #include "xla_ffi.h"
@@ -42,29 +41,22 @@ inline std::string to_string(DimsView dims) {
 class Reader {
  public:
   Reader(const char* target, ffi::RemainingArgs rest, ffi::Dictionary attrs)
-      : target_(target), rest_(rest), attrs_(attrs), next_attr_(attrs.begin()) {}
+      : target_(target), rest_(rest), attrs_(attrs) {}
 
-  // XLA keeps attributes sorted by name: whoever reads them all in that order saves the searches. (All but those for
-  // fractions: XLA's header makes an integer of what an iterator names.)
   template <class T>
   T attr(const char* name) {
-    const auto at = next_attr_;
-    const bool is_next = at != attrs_.end() && *at == name;
-    if (is_next) ++next_attr_;
-    const ffi::ErrorOr<T> value = is_next && std::is_integral_v<T> ? attrs_.get<T>(at) : attrs_.get<T>(name);
+    const ffi::ErrorOr<T> value = attrs_.get<T>(name);
     if (value.has_value()) return value.value();
     fail(std::string("attribute ") + name + ": " + value.error().message());
     return T{};
   }
 
   // The next optional operand, where the attribute `flag` says that it is there.
-  std::optional<ffi::AnyBuffer> optional(const char* flag) { return optional(flag, attr<bool>(flag)); }
-
-  std::optional<ffi::AnyBuffer> optional(const char* name, bool announced) {
-    if (!announced) return std::nullopt;
+  std::optional<ffi::AnyBuffer> optional(const char* flag) {
+    if (!attr<bool>(flag)) return std::nullopt;
     const ffi::ErrorOr<ffi::AnyBuffer> buffer = rest_.get<ffi::AnyBuffer>(next_++);
     if (buffer.has_value()) return buffer.value();
-    fail(std::string(name) + " is announced, but the operand is missing");
+    fail(std::string(flag) + " is set, but the operand is missing");
     return std::nullopt;
   }
 
@@ -91,7 +83,6 @@ class Reader {
   const char* target_;
   ffi::RemainingArgs rest_;
   ffi::Dictionary attrs_;
-  ffi::Dictionary::Iterator next_attr_;
   size_t next_ = 0;
   std::string error_;
 };
@@ -117,8 +108,8 @@ inline DType read_dtype(Reader& reader, ffi::AnyBuffer q) {
 
 inline ScoreParams read_score(Reader& reader) {
   ScoreParams score;
-  score.softcap = reader.attr<float>("softcap");
   score.softmax_scale = reader.attr<float>("softmax_scale");
+  score.softcap = reader.attr<float>("softcap");
   return score;
 }
 

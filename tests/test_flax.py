@@ -158,7 +158,7 @@ def test_nnx_decodes_step_by_step():
 
 @pytest.mark.parametrize("mask", masks())
 def test_layers_in_half_precision(mask):
-    """float16 has kernels everywhere: output, gradients and step-by-step decode beside Flax's own in float32."""
+    """float16 has kernels everywhere: output and gradients beside Flax's own in float32."""
     mask, x, half = masks()[mask], inputs(), dict(dtype=jnp.float16)
 
     def in_linen(attention, **options):

@@ -22,7 +22,6 @@ struct alignas(1024) SplitRolesShared {
   // P from where it then stores its dS.
   Row ds[C::kN];
   Row ds_peer[C::kN];  // the other block's
-  float lse2[C::kStages][C::kM];
   float minus_delta[C::kStages][C::kM];
   uint64_t k_full, v_full, k_peer_full;
   uint64_t q_full[C::kStages], q_empty[C::kStages];

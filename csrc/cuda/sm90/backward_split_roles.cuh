@@ -22,15 +22,23 @@
 
 namespace jax_flash::sm90 {
 
+// lse2 of the tile at `step`, straight from the workspace. Asked for under products it costs nothing.
+template <class C>
+__device__ __forceinline__ RowStatistic<C> load_lse2(const PairedDq<C>& paired, const BackwardStep& step) {
+  RowStatistic<C> lse2;
+  lse2.load(paired.args.workspace.lse2 + sum_row<C>(paired.args, paired.work, step.m, step.g), paired.thread % 32);
+  return lse2;
+}
+
 // dS from packed P. With a softcap the derivative is found back from P itself.
 template <class C, bool kCapped>
-__device__ __forceinline__ void score_gradients_from(const BackwardArguments& args, const uint32_t (&p)[C::kM / 4],
-                                                     float (&dp)[C::kM / 2], uint32_t (&ds)[C::kM / 4],
-                                                     const float* sLse2, const float* sMinusDelta, int lane) {
+__device__ __forceinline__ void score_gradients_from(const PairedDq<C>& paired, const BackwardStep& step,
+                                                     const uint32_t (&p)[C::kM / 4], float (&dp)[C::kM / 2],
+                                                     uint32_t (&ds)[C::kM / 4]) {
   RowStatistic<C> lse2, minus_delta;
-  minus_delta.load(sMinusDelta, lane);
-  if constexpr (kCapped) lse2.load(sLse2, lane);
-  const float inverse_scale = kCapped ? 1.0f / args.log2_scale : 0.0f;
+  minus_delta.load(paired.shared.minus_delta[step.stage<C>()], paired.thread % 32);
+  if constexpr (kCapped) lse2 = load_lse2(paired, step);
+  const float inverse_scale = kCapped ? 1.0f / paired.args.log2_scale : 0.0f;
 #pragma unroll
   for (int i = 0; i < C::kM / 2; ++i) {
     float x = i % 2 ? unpack_high<typename C::T>(p[i / 2]) : unpack_low<typename C::T>(p[i / 2]);
@@ -53,18 +61,16 @@ __device__ __forceinline__ uint4* packed_p(SplitRolesShared<C>& shared, int thre
   return reinterpret_cast<uint4*>(shared.ds) + thread / 32 * (C::kM / 16 * 32) + thread % 32;
 }
 
-// P of the tile at `step`, packed, from Q that is in shared memory. Leaves nothing in flight.
+// P of the tile at `step`, packed, from S that is on its way. Leaves nothing in flight.
 template <class C, bool kCapped>
 __device__ __forceinline__ void take_probabilities(PairedDq<C>& paired, const BackwardStep& step, float (&s)[C::kM / 2],
-                                                   uint32_t (&p)[C::kM / 4]) {
-  const int stage = step.stage<C>(), lane = paired.thread % 32;
+                                                   const RowStatistic<C>& lse2, uint32_t (&p)[C::kM / 4]) {
+  const int lane = paired.thread % 32;
   ptx::wgmma_wait<0>();
   ptx::pin(s);
-  RowStatistic<C> lse2;
-  lse2.load(paired.shared.lse2[stage], lane);
   probabilities<C, kCapped>(paired.args, paired.work, s, p, lse2, paired.work.tiles, step.m,
                             paired.work.n0 + paired.thread / 32 * 16 + lane / 4, lane);
-  if (lane == 0) ptx::mbarrier_arrive(&paired.shared.q_empty[stage]);
+  if (lane == 0) ptx::mbarrier_arrive(&paired.shared.q_empty[step.stage<C>()]);
 }
 
 // One query tile of the scores, from P (packed on entry, as is the next tile's on exit) to dV and dQ. The next tile's P
@@ -93,9 +99,10 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
     float s[C::kM / 2];
     wait_query_tile<C>(paired.work, shared.q[next], &shared.q_full[next], step.parity<C>(), step.m, 0, thread);
     issue_products<C>(s, k_tile, q_tile + next * kQueryStep<C>);
+    const RowStatistic<C> lse2 = load_lse2(paired, step);
     ptx::wgmma_wait<1>();
     if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
-    take_probabilities<C, kCapped>(paired, step, s, p);
+    take_probabilities<C, kCapped>(paired, step, s, lse2, p);
   } else {
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&shared.do_empty[stage]);
@@ -128,7 +135,7 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     const int stage = step.stage<C>();
     wait_query_tile<C>(work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, 0, thread);
     issue_products<C>(s, k_tile, q_tile + stage * kQueryStep<C>);
-    take_probabilities<C, kCapped>(paired, step, s, p);
+    take_probabilities<C, kCapped>(paired, step, s, load_lse2(paired, step), p);
 
     while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
     take_scores<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
@@ -166,7 +173,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
     p[4 * i + 3] = x.w;
   }
   __syncwarp();  // this warp's dS takes the place of its P
-  score_gradients_from<C, kCapped>(paired.args, p, dp, ds, shared.lse2[stage], shared.minus_delta[stage], lane);
+  score_gradients_from<C, kCapped>(paired, step, p, dp, ds);
   store_fragment(shared.ds, 0, ds, thread / 32 * 16, lane);
   ptx::fence_async_shared();
   ptx::named_barrier_arrive(kDsReady, C::kConsumers);
@@ -263,6 +270,7 @@ __device__ __forceinline__ void produce_pairs(const BackwardArguments& args, Spl
 
 template <class C, bool kCapped, bool kScores>
 __device__ __forceinline__ void consume_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared, int thread) {
+  ptx::wait_for_previous_kernel();
   int32_t tile = 0, walks = 0;
   for (int32_t turn = 0;; ++turn) {
     const BackwardWork work = shared.walks.wait(turn);

@@ -69,7 +69,7 @@ template <class C, class Shared>
 __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& shared, const BackwardWork& work,
                                         int32_t tile, int32_t walks) {
   constexpr uint32_t kKeyBytes = C::kPanels * C::kN * kPanelRowBytes;
-  constexpr uint32_t kQueryBytes = C::kPanels * C::kM * kPanelRowBytes + C::kM * sizeof(float);
+  constexpr uint32_t kQueryBytes = C::kPanels * C::kM * kPanelRowBytes, kStatisticBytes = C::kM * sizeof(float);
   const int32_t G = static_cast<int32_t>(args.shape.G);
   for (BackwardStep step(work, tile); step.index < work.count; step.next(work)) {
     const int stage = step.stage<C>();
@@ -79,9 +79,12 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
     const int64_t row = query_head(args, work, step.g) * args.workspace.rows + m0;
 
     ptx::mbarrier_wait(&shared.q_empty[stage], free_parity);
-    ptx::mbarrier_arrive_expect(&shared.q_full[stage], kQueryBytes);
+    // In a pair the scores read lse2 where it is.
+    ptx::mbarrier_arrive_expect(&shared.q_full[stage], kQueryBytes + (C::kBlocks == 1 ? kStatisticBytes : 0));
     load_panels<C>(shared.q[stage], &args.q, &shared.q_full[stage], C::kM, m0, head, work.b);
-    ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, C::kM * sizeof(float), &shared.q_full[stage]);
+    if constexpr (C::kBlocks == 1) {
+      ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, kStatisticBytes, &shared.q_full[stage]);
+    }
     if (step.index == 0) {
       ptx::mbarrier_wait(&shared.keys_empty, walks & 1 ^ 1);
       ptx::mbarrier_arrive_expect(&shared.k_full, kKeyBytes);
@@ -91,9 +94,9 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
       if constexpr (C::kBlocks == 2) load_peer_keys<C>(args, shared, work);
     }
     ptx::mbarrier_wait(&shared.do_empty[stage], free_parity);
-    ptx::mbarrier_arrive_expect(&shared.do_full[stage], kQueryBytes);
+    ptx::mbarrier_arrive_expect(&shared.do_full[stage], kQueryBytes + kStatisticBytes);
     load_panels<C>(shared.d_o[stage], &args.d_o, &shared.do_full[stage], C::kM, m0, head, work.b);
-    ptx::bulk_load(shared.minus_delta[stage], args.workspace.minus_delta + row, C::kM * sizeof(float),
+    ptx::bulk_load(shared.minus_delta[stage], args.workspace.minus_delta + row, kStatisticBytes,
                    &shared.do_full[stage]);
   }
 }

@@ -166,19 +166,18 @@ def _lower_call(ctx: mlir.LoweringRuleContext, *operands, spec, names, platform,
     workspace = _workspace(ctx, spec, names, platform, time_major)
     o, lse, *caches = ctx.avals_out
     avals_out = [o, lse, workspace, *caches]
-    attributes = dict(
-        softmax_scale=np.float32(spec.softmax_scale),
-        softcap=np.float32(spec.softcap or 0.0),
+    # As csrc/ffi/kvcache.h reads them.
+    options = dict(
+        present=sum(1 << i for i, name in enumerate(Operands._fields[3:]) if name in names),
+        time_major=time_major,
         window_left=-1 if spec.window_left is None else spec.window_left,
         window_right=-1 if spec.window_right is None else spec.window_right,
-        num_splits=np.int32(spec.num_splits),
+        num_splits=spec.num_splits,
         rotary_interleaved=spec.rotary_interleaved,
-        rotary_per_sequence=not time_major,
-        time_major=time_major,
-        per_head=not time_major,
-        has_new="k_new" in names,
-        has_rotary="cos" in names,
-        **{f"has_{name}": name in names for name in ("lengths", "batch_index", "leftpad", "block_table")},
+    )
+    attributes = dict(
+        options=np.array([*options.values()], np.int64),
+        score=np.array([spec.softmax_scale, spec.softcap or 0.0], np.float32),
     )
     aliases = {names.index(name): results.index(name) for name in ("k_cache", "v_cache") if "k_new" in names}
     if platform == "cuda" and time_major and _is_decode(_named(names, ctx.avals_in)):

@@ -8,7 +8,7 @@ namespace {
 // The dimensions of a call, in the order in which its arrays lie in memory (time_major) or in the logical one, where
 // the heads come first so that XLA can split them and layouts say how the bytes lie. Leading axes are those of vmap.
 struct Layout {
-  bool time_major, per_head;
+  bool time_major;
   DimsView vmapped;
   int64_t groups = 1;                         // product of the vmapped axes
   int64_t B = 0, K = 0, G = 0, T = 0, H = 0;  // B: of one group
@@ -19,13 +19,16 @@ struct Layout {
   Dims key(int64_t rows_, int64_t length) const {
     return time_major ? dims({rows_, length, K, H}) : dims({rows_, K, length, H});
   }
-  Dims per_sequence() const { return per_head ? dims({B, K}) : dims({B}); }
+  // Split over devices, everything that belongs to a sequence is there for each of its heads.
+  Dims per_sequence() const { return time_major ? dims({B}) : dims({B, K}); }
 };
 
-Layout read_layout(Reader& reader, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
+// The optional operands' bits.
+enum Operand : int { kKNew, kVNew, kLengths, kBatchIndex, kLeftpad, kBlockTable, kCos, kSin };
+
+Layout read_layout(Reader& reader, bool time_major, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
   Layout l;
-  l.time_major = reader.attr<bool>("time_major");
-  l.per_head = reader.attr<bool>("per_head");
+  l.time_major = time_major;
   const DimsView qd = q.dimensions(), cd = cache.dimensions();
   if (qd.size() < 5 || qd.size() > Dims::kMostAxes || cd.size() + 1 != qd.size()) {
     reader.fail("q and k_cache must have ranks 5 and 4 (more for mapped axes); got " + to_string(qd) + ", " +
@@ -53,8 +56,15 @@ Layout read_layout(Reader& reader, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
 ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::RemainingArgs rest, ffi::RemainingRets caches,
                                          ffi::Dictionary attrs) {
   Reader reader("jax_flash_kvcache", rest, attrs);
-  const Layout l = read_layout(reader, b.q, b.k_cache);
+  const auto options = reader.array<int64_t>("options", kKvcacheOptions);
+  const auto score = reader.array<float>("score", 2);
   if (!reader.ok()) return ffi::Unexpected(reader.error());
+  const auto option = [&](KvcacheOption which) { return (*options)[which]; };
+  const Layout l = read_layout(reader, option(kTimeMajor), b.q, b.k_cache);
+  if (!reader.ok()) return ffi::Unexpected(reader.error());
+  const auto optional = [&](Operand operand, const char* name) {
+    return reader.optional(option(kPresent) >> operand & 1, name);
+  };
   const ffi::DataType type = b.q.element_type();
   KvcacheParams p{};
   p.dtype = read_dtype(reader, b.q);
@@ -66,34 +76,34 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.H = static_cast<int32_t>(l.H);
   p.rows = static_cast<int32_t>(l.rows);
   p.S = static_cast<int32_t>(l.S);
-  p.sequence_stride = static_cast<int32_t>(l.per_head ? l.K : 1);
-  p.window_left = reader.attr<int64_t>("window_left");
-  p.window_right = reader.attr<int64_t>("window_right");
-  p.score = read_score(reader);
-  p.num_splits = reader.attr<int32_t>("num_splits");
+  p.sequence_stride = static_cast<int32_t>(l.time_major ? 1 : l.K);
+  p.window_left = option(kWindowLeft);
+  p.window_right = option(kWindowRight);
+  p.score = ScoreParams{(*score)[0], (*score)[1]};
+  p.num_splits = static_cast<int32_t>(option(kNumSplits));
 
-  if (const auto k_new = reader.optional("has_new")) {
+  if (const auto k_new = optional(kKNew, "k_new")) {
     const DimsView got = k_new->dimensions();
     const int64_t T_new = got.size() == l.vmapped.size() + 4 ? got[l.vmapped.size() + (l.time_major ? 1 : 2)] : -1;
     reader.expect("k_new", *k_new, type, l.key(l.B, T_new));
     if (T_new > l.T) reader.fail("more new tokens than queries");
     p.T_new = static_cast<int32_t>(T_new);
     p.k_new = k_new->untyped_data();
-    if (const auto v_new = reader.optional("has_new")) {
+    if (const auto v_new = optional(kVNew, "v_new")) {
       reader.expect("v_new", *v_new, type, l.key(l.B, T_new));
       p.v_new = v_new->untyped_data();
     }
   }
-  const auto integers = [&](const char* flag, const char* name, const Dims& want) -> const int32_t* {
-    const auto buffer = reader.optional(flag);
+  const auto integers = [&](Operand operand, const char* name) -> const int32_t* {
+    const auto buffer = optional(operand, name);
     if (!buffer) return nullptr;
-    reader.expect(name, *buffer, ffi::DataType::S32, want);
+    reader.expect(name, *buffer, ffi::DataType::S32, l.per_sequence());
     return static_cast<const int32_t*>(buffer->untyped_data());
   };
-  p.lengths = integers("has_lengths", "lengths", l.per_sequence());
-  p.batch_index = integers("has_batch_index", "batch_index", l.per_sequence());
-  p.leftpad = integers("has_leftpad", "leftpad", l.per_sequence());
-  if (const auto table = reader.optional("has_block_table")) {
+  p.lengths = integers(kLengths, "lengths");
+  p.batch_index = integers(kBatchIndex, "batch_index");
+  p.leftpad = integers(kLeftpad, "leftpad");
+  if (const auto table = optional(kBlockTable, "block_table")) {
     const DimsView got = table->dimensions();
     p.pages = got.size() == 0 ? 0 : static_cast<int32_t>(got.back());
     if (p.pages < 1 || got.back() * l.S > kMaxLength) reader.fail("block_table names no pages, or too many");
@@ -101,12 +111,12 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     p.block_table = static_cast<const int32_t*>(table->untyped_data());
   }
   if (!p.pages && !p.batch_index && l.rows != l.B) reader.fail("the cache must have a row for each sequence");
-  if (const auto cos = reader.optional("has_rotary")) {
+  if (const auto cos = optional(kCos, "cos")) {
     const DimsView got = cos->dimensions();
     RotaryParams& r = p.rotary;
-    r.interleaved = reader.attr<bool>("rotary_interleaved");
+    r.interleaved = option(kRotaryInterleaved);
     r.per_query = p.window_left >= 0 || p.window_right >= 0;
-    r.per_sequence = reader.attr<bool>("rotary_per_sequence");
+    r.per_sequence = !l.time_major;
     r.dtype = to_dtype(cos->element_type()).value_or(p.dtype);
     if (got.size() < 2 || got.back() * 2 > l.H || got.back() % 8 != 0 || got[got.size() - 2] < 1) {
       reader.fail("the rotary tables have the wrong shape " + to_string(got));
@@ -118,7 +128,7 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     if (r.dtype != DType::kFloat32 && r.dtype != p.dtype) reader.fail("the rotary tables must be float32 or as q");
     reader.expect("cos", *cos, cos->element_type(), want);
     r.cos = cos->untyped_data();
-    if (const auto sin = reader.optional("has_rotary")) {
+    if (const auto sin = optional(kSin, "sin")) {
       reader.expect("sin", *sin, cos->element_type(), want);
       r.sin = sin->untyped_data();
     }

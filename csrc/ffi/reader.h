@@ -51,21 +51,33 @@ class Reader {
     return T{};
   }
 
-  // The next optional operand, where the attribute `flag` says that it is there.
-  std::optional<ffi::AnyBuffer> optional(const char* flag) {
-    if (!attr<bool>(flag)) return std::nullopt;
-    const ffi::ErrorOr<ffi::AnyBuffer> buffer = rest_.get<ffi::AnyBuffer>(next_++);
-    if (buffer.has_value()) return buffer.value();
-    fail(std::string(flag) + " is set, but the operand is missing");
+  // An attribute that is an array of `size` elements.
+  template <class T>
+  std::optional<ffi::Span<const T>> array(const char* name, size_t size) {
+    const ffi::ErrorOr<ffi::Span<const T>> values = attrs_.get<ffi::Span<const T>>(name);
+    if (values.has_value() && values.value().size() == size) return values.value();
+    fail(std::string("attribute ") + name + " must be an array of " + std::to_string(size) + " elements");
     return std::nullopt;
   }
+
+  // The next optional operand, if it is there.
+  std::optional<ffi::AnyBuffer> optional(bool present, const char* name) {
+    if (!present) return std::nullopt;
+    const ffi::ErrorOr<ffi::AnyBuffer> buffer = rest_.get<ffi::AnyBuffer>(next_++);
+    if (buffer.has_value()) return buffer.value();
+    fail(std::string("the operand ") + name + " is announced, but missing");
+    return std::nullopt;
+  }
+
+  // The same, where the attribute `flag` says whether it is.
+  std::optional<ffi::AnyBuffer> optional(const char* flag) { return optional(attr<bool>(flag), flag); }
 
   void expect(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype, const Dims& dims) {
     if (buffer.element_type() != dtype) return fail(std::string(name) + " has the wrong dtype");
     const DimsView got = buffer.dimensions(), want = dims;
-    if (!std::equal(got.begin(), got.end(), want.begin(), want.end())) {
-      fail(std::string(name) + " must have shape " + to_string(want) + "; got " + to_string(got));
-    }
+    bool same = got.size() == want.size();
+    for (size_t i = 0; same && i < got.size(); ++i) same = got[i] == want[i];  // quicker than memcmp on so few
+    if (!same) fail(std::string(name) + " must have shape " + to_string(want) + "; got " + to_string(got));
   }
 
   void fail(const std::string& what) {

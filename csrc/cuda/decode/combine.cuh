@@ -50,8 +50,24 @@ struct SharedState {
   float maximum[Config::kMaxWarps][Config::kRows];  // of each warp
   float sum[Config::kMaxWarps][Config::kRows];
   Schedule<Config::kKeys> schedule;
+  KvcacheParams params;                   // for what is not inlined, which has to read the kernel's own from memory
   uint8_t free_stage[Config::kMaxWarps];  // holds no tile
   bool last;                              // this block is the last of its segment
+
+  // By one warp. Every lane asks for all of its words before it stores one.
+  __device__ __forceinline__ void keep(const KvcacheParams& passed) {
+    constexpr int kWords = sizeof(KvcacheParams) / 4, kEach = (kWords + 31) / 32;
+    const int lane = threadIdx.x % 32;
+    uint32_t words[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (32 * i + lane < kWords) words[i] = reinterpret_cast<const uint32_t*>(&passed)[32 * i + lane];
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (32 * i + lane < kWords) reinterpret_cast<uint32_t*>(&params)[32 * i + lane] = words[i];
+    }
+  }
 
   static constexpr int stage_bytes(int warps) { return warps * Config::kStages * Config::kStageBytes; }
   static constexpr int bytes(int warps) { return stage_bytes(warps) + static_cast<int>(sizeof(SharedState)); }
@@ -82,8 +98,8 @@ __device__ __forceinline__ float rescale(float from, float to) {
 
 // Writes two elements of one row and, once a row, the LSE. `index`: of the row, t * G + g.
 template <class Config>
-__device__ __noinline__ void write_output(const KvcacheParams& params, int32_t b, int32_t kh, int32_t index, int d,
-                                          Pair pair) {
+__device__ __forceinline__ void write_output(const KvcacheParams& params, int32_t b, int32_t kh, int32_t index, int d,
+                                             Pair pair) {
   using Element = typename Config::Element;
   const int32_t H = params.H, G = params.G;
   const int32_t t = query_of(params, index), g = index - t * G;
@@ -126,8 +142,8 @@ __device__ __forceinline__ Pair read_partial(const float* slot, int row, int d) 
 // The segment's result from the partial results of all its blocks, by the one that came last. Each thread asks for two
 // elements of up to kAtOnce partial results before it uses one.
 template <class Config>
-__device__ __forceinline__ void combine_blocks(const KvcacheParams& params, const KvcacheParams& out_of_line,
-                                               int64_t counter_bytes, const Piece& piece, int rows) {
+__device__ __forceinline__ void combine_blocks(const KvcacheParams& params, int64_t counter_bytes, const Piece& piece,
+                                               int rows) {
   constexpr int kAtOnce = 16;
   constexpr int64_t kSlot = Config::kRows * (Config::kDim + 2);
   const int32_t parts = piece.parts, step = piece.explicit_split ? 1 : 2;
@@ -157,16 +173,16 @@ __device__ __forceinline__ void combine_blocks(const KvcacheParams& params, cons
       }
       total.maximum = most;
     }
-    write_output<Config>(out_of_line, piece.b, piece.kh, piece.row_block * Config::kRows + row, d, total);
+    write_output<Config>(params, piece.b, piece.kh, piece.row_block * Config::kRows + row, d, total);
   }
 }
 
 // The block's result from its warps'. Every warp lends the stage that holds none of its tiles as space for 16 query
 // rows.
 template <class Config>
-__device__ __forceinline__ void combine_warps(const KvcacheParams& params, const KvcacheParams& out_of_line,
-                                              int64_t counter_bytes, const Piece& piece, WarpState<Config>& state,
-                                              unsigned char* sStages, int free_stage, SharedState<Config>& shared) {
+__device__ __forceinline__ void combine_warps(const KvcacheParams& params, int64_t counter_bytes, const Piece& piece,
+                                              WarpState<Config>& state, unsigned char* sStages, int free_stage,
+                                              SharedState<Config>& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int rows = min_i32(Config::kRows, params.T * params.G - piece.row_block * Config::kRows);
 #pragma unroll
@@ -219,7 +235,7 @@ __device__ __forceinline__ void combine_warps(const KvcacheParams& params, const
       if (slot) {
         write_partial<Config>(slot, row, d, total);
       } else {
-        write_output<Config>(out_of_line, piece.b, piece.kh, piece.row_block * Config::kRows + row, d, total);
+        write_output<Config>(params, piece.b, piece.kh, piece.row_block * Config::kRows + row, d, total);
       }
     }
     __syncthreads();

@@ -13,13 +13,13 @@ namespace jax_flash::decode {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
-    decode_kernel(const __grid_constant__ KvcacheParams out_of_line, int32_t row_blocks, int64_t counter_bytes,
+    decode_kernel(const __grid_constant__ KvcacheParams passed, int32_t row_blocks, int64_t counter_bytes,
                   bool single) {
 #if __CUDA_ARCH__ >= 900
   ptx::wait_for_previous_kernel();  // the launcher lets this one be launched meanwhile
 #endif
   // A copy whose address nothing takes: what is inlined here reads its members as constants.
-  const KvcacheParams params = out_of_line;
+  const KvcacheParams params = passed;
   extern __shared__ __align__(1024) unsigned char sStages[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   auto& shared = *reinterpret_cast<SharedState<Config>*>(sStages + SharedState<Config>::stage_bytes(warps));
@@ -27,15 +27,16 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
   const ScoreTransform transform = ScoreTransform::make(params.score.softmax_scale, params.score.softcap);
   constexpr uint32_t kAll = Config::kKeys == 32 ? ~0u : (1u << (Config::kKeys % 32)) - 1;
 
+  if (warp == warps - 1) shared.keep(passed);
   if (warp == 0) shared.schedule.start(params, row_blocks, single);
   __syncthreads();
-  Loader<Config> loader(params, out_of_line, shared.schedule, warps, sOwn);
+  Loader<Config> loader(params, shared.params, shared.schedule, warps, sOwn);
   WarpState<Config> state;
   for (;;) {
     // The queries of the first piece are asked for before the queue of tiles that would delay them.
     const bool early = state.reads_directly(params);
     if (early && shared.schedule.count > 0) {
-      state.load_queries(params, out_of_line, shared.schedule.pieces[0], shared.q);
+      state.load_queries(params, shared.params, shared.schedule.pieces[0], shared.q);
     }
     // Which positions hold a key, for the tile at hand (element 0) and those on their way.
     uint32_t present[Config::kStages];
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
       // Between these every query sees every key.
       const int32_t open_begin = piece.sequence.key_begin(params.T - 1), open_end = piece.sequence.key_end(0);
       const int32_t tile_end = piece.tile_end;
-      if (!early) state.load_queries(params, out_of_line, piece, shared.q);
+      if (!early) state.load_queries(params, shared.params, piece, shared.q);
       state.clear();
 #pragma unroll 1
       for (int32_t tile = piece.tile_begin + warp; tile < tile_end; tile += warps) {
@@ -71,17 +72,17 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
         stage = stage + 1 == Config::kStages ? 0 : stage + 1;
       }
       if (early && index + 1 < shared.schedule.count) {
-        state.load_queries(params, out_of_line, shared.schedule.pieces[index + 1], shared.q);
+        state.load_queries(params, shared.params, shared.schedule.pieces[index + 1], shared.q);
       }
       if (arrives) counter.prepare(word);
-      combine_warps<Config>(params, out_of_line, counter_bytes, piece, state, sStages,
-                            stage == 0 ? Config::kStages - 1 : stage - 1, shared);
+      combine_warps<Config>(params, counter_bytes, piece, state, sStages, stage == 0 ? Config::kStages - 1 : stage - 1,
+                            shared);
       if (piece.parts > 1) {
         if (arrives) shared.last = counter.arrive(piece.parts);
         __syncthreads();
         if (shared.last) {
           const int rows = min_i32(Config::kRows, params.T * params.G - piece.row_block * Config::kRows);
-          combine_blocks<Config>(params, out_of_line, counter_bytes, piece, rows);
+          combine_blocks<Config>(params, counter_bytes, piece, rows);
         }
       }
     }

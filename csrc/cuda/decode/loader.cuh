@@ -79,11 +79,10 @@ class Loader {
  public:
   using Element = typename Config::Element;
 
-  // `params` and `out_of_line` are the same; the former is a copy whose address nothing takes, so that what is inlined
-  // here reads its members as constants.
-  __device__ __forceinline__ Loader(const KvcacheParams& params, const KvcacheParams& out_of_line,
+  // `sParams` is `params` in shared memory, for what is not inlined.
+  __device__ __forceinline__ Loader(const KvcacheParams& params, const KvcacheParams& sParams,
                                     const Schedule<Config::kKeys>& sSchedule, int warps, uint32_t sStages)
-      : params_(params), out_of_line_(out_of_line), sSchedule_(sSchedule), warps_(warps), sStages_(sStages) {
+      : params_(params), sParams_(sParams), sSchedule_(sSchedule), warps_(warps), sStages_(sStages) {
     restart();
   }
 
@@ -141,9 +140,9 @@ class Loader {
     if (params_.H % 8 == 0) {
       copy(sKeys, position, fresh);
     } else {
-      copy_unaligned<Config>(out_of_line_, tile_copy(sKeys, position, fresh));
+      copy_unaligned<Config>(sParams_, tile_copy(sKeys, position, fresh));
     }
-    if (fresh) append_rows<Config>(out_of_line_, tile_copy(sKeys, position, fresh));
+    if (fresh) append_rows<Config>(sParams_, tile_copy(sKeys, position, fresh));
     return Config::kKeys == 32 ? present : present & ((1u << (Config::kKeys % 32)) - 1);
   }
 
@@ -192,7 +191,7 @@ class Loader {
   }
 
   const KvcacheParams& params_;
-  const KvcacheParams& out_of_line_;
+  const KvcacheParams& sParams_;
   const Schedule<Config::kKeys>& sSchedule_;
   const int32_t warps_;
   const uint32_t sStages_;

@@ -50,7 +50,7 @@ struct WarpState {
 
   // Queries that cannot be read as they are (rotary, or heads of odd size) go through shared memory, sQ [kRows, kDim]:
   // each thread of the block prepares a part. A barrier separates this from the last use of sQ.
-  __device__ __forceinline__ void load_queries(const KvcacheParams& params, const KvcacheParams& out_of_line,
+  __device__ __forceinline__ void load_queries(const KvcacheParams& params, const KvcacheParams& sParams,
                                                const Piece& piece, Element* sQ) {
     const int32_t H = params.H;
     const int lane = threadIdx.x % 32;
@@ -69,8 +69,8 @@ struct WarpState {
         const Element* gQ = query(row, &t);
         uint4 chunk = make_uint4(0, 0, 0, 0);
         if (t < params.T) {
-          chunk = load_rotated_chunk(out_of_line, piece.b, piece.kh, piece.sequence.length,
-                                     params.rotary.per_query ? t : 0, gQ, d);
+          chunk = load_rotated_chunk(sParams, piece.b, piece.kh, piece.sequence.length, params.rotary.per_query ? t : 0,
+                                     gQ, d);
         }
         *reinterpret_cast<uint4*>(sQ + i * 8) = chunk;
       }

@@ -174,8 +174,9 @@ def test_decode_updates_the_cache_in_place(tiny, dtype):
     cache = llama.init_cache(config, 1, 64, jnp.dtype(dtype))
     options = dict(config=config, attention="jax_flash", sampling=(0.0, 0, 1.0))
     arguments = (weights, jnp.zeros((1, 1), jnp.int32), cache, jnp.int32(7), jax.random.key(0))
-    compiled = generate.step.lower(*arguments, **options).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(cache))
+    for function in (generate.step, generate.burst):
+        compiled = function.lower(*arguments, **options).compile()
+        assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
 @needs_float32
@@ -185,7 +186,9 @@ def test_generation_ends_before_a_stop_token(tiny):
     tokens = list(generator.run([5, 77, 3], 10))
     stop = next(i for i in range(1, 10) if tokens[i] not in tokens[:i])
     assert list(generator.run([5, 77, 3], 10, frozenset({tokens[stop]}))) == tokens[:stop]
-    assert list(generator.run([5, 77, 3], 1)) == tokens[:1]
+    for count in (1, generate.BURST, generate.BURST + 1, generate.BURST + 2):
+        longer = list(generator.run([5, 77, 3], count))
+        assert len(longer) == count and longer[:10] == tokens[:count]
 
 
 def test_sampling():

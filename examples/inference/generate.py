@@ -18,18 +18,38 @@ try:
     import jax
     import jax.numpy as jnp
     import llama
+    import numpy as np
     import tokenizer
 except ImportError as error:
     sys.exit(f"generate.py: {error}. Install what it needs with: pip install '.[examples]'")
 
 ATTENTION = {"jax_flash": llama.attend_jax_flash, "xla": llama.attend_xla}
 
+# Tokens of one call: to hand hundreds of arrays to the device costs the host more than a small model's step takes.
+BURST = 8
 
-@functools.partial(jax.jit, static_argnames=("config", "attention", "sampling"), donate_argnames="cache")
+_jit = functools.partial(jax.jit, static_argnames=("config", "attention", "sampling"), donate_argnames="cache")
+
+
+@_jit
 def step(weights, tokens, cache, length, key, *, config, attention, sampling):
-    """Feed tokens [1, T], return the next one [1, 1] and the cache. T = the prompt's length, then 1 again and again."""
+    """Feed tokens [1, T] behind `length` that the cache has. Return the token that follows [1, 1], and the cache."""
     logits, cache = llama.forward(weights, config, tokens, cache, length[None], ATTENTION[attention])
     return sample(logits, jax.random.fold_in(key, length), *sampling)[:, None], cache
+
+
+@_jit
+def burst(weights, token, cache, length, key, **options):
+    """Feed a token [1, 1], the one that follows, and so on. Return the BURST tokens that follow, the last of them
+    [1, 1], and the cache."""
+
+    def one(state, _):
+        token, cache, length = state
+        token, cache = step(weights, token, cache, length, key, **options)
+        return (token, cache, length + 1), token[0, 0]
+
+    (token, cache, _), tokens = jax.lax.scan(one, (token, cache, length), length=BURST)
+    return tokens, token, cache
 
 
 def sample(logits, key, temperature, top_k, top_p):
@@ -54,32 +74,36 @@ class Generator:
 
     def run(self, prompt, max_tokens, stop_ids=frozenset()):
         """Yield up to max_tokens ids, ending before the first of stop_ids. Fills in `self.seconds`."""
-        # A multiple of 64 positions: nearby lengths share compiled programs.
-        capacity = -(-(len(prompt) + max_tokens) // 64) * 64
+        # A multiple of 64 positions: nearby lengths share compiled programs. The last burst may go past max_tokens.
+        capacity = -(-(len(prompt) + max_tokens + BURST) // 64) * 64
         cache = llama.init_cache(self.config, 1, capacity, self.dtype)
         tokens = jnp.asarray([prompt], jnp.int32)
-        empty = jnp.int32(0)
+        position = jnp.int32(0)
 
         begin = time.perf_counter()
-        prefill = step.lower(self.weights, tokens, cache, empty, self.key, **self.options).compile()
-        decode = step.lower(self.weights, tokens[:, :1], cache, empty, self.key, **self.options).compile()
+        prefill = step.lower(self.weights, tokens, cache, position, self.key, **self.options).compile()
+        decode = burst.lower(self.weights, tokens[:, :1], cache, position, self.key, **self.options).compile()
         self.seconds["compile"] = time.perf_counter() - begin
 
         begin = time.perf_counter()
-        token, cache = prefill(self.weights, tokens, cache, empty, self.key)
+        token, cache = prefill(self.weights, tokens, cache, position, self.key)
         token.block_until_ready()
         self.seconds["prefill"] = time.perf_counter() - begin
 
         begin = time.perf_counter()
-        for position in range(len(prompt), len(prompt) + max_tokens):
-            current = token
-            if position + 1 < len(prompt) + max_tokens:
-                # The device starts on the token after this one before the host has looked at this one.
-                token, cache = decode(self.weights, current, cache, jnp.int32(position), self.key)
-            if (identifier := int(current[0, 0])) in stop_ids:
-                break
-            yield identifier
-            self.seconds["decode"] = time.perf_counter() - begin
+        tokens, position, left = token, len(prompt), max_tokens
+        while left > 0:
+            current = tokens
+            if left > current.size:
+                # The device starts on what follows these before the host has looked at them.
+                tokens, token, cache = decode(self.weights, token, cache, jnp.int32(position), self.key)
+                position += BURST
+            for identifier in np.asarray(current).ravel()[:left].tolist():
+                if identifier in stop_ids:
+                    return
+                yield identifier
+                self.seconds["decode"] = time.perf_counter() - begin
+            left -= current.size
 
 
 def parse_arguments(argv=None):

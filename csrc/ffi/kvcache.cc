@@ -62,9 +62,12 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   const auto option = [&](KvcacheOption which) { return (*options)[which]; };
   const Layout l = read_layout(reader, option(kTimeMajor), b.q, b.k_cache);
   if (!reader.ok()) return ffi::Unexpected(reader.error());
-  const auto optional = [&](Operand operand, const char* name) {
-    return reader.optional(option(kPresent) >> operand & 1, name);
-  };
+  const auto has = [&](Operand operand) { return (option(kPresent) >> operand & 1) != 0; };
+  if (has(kKNew) != has(kVNew) || has(kCos) != has(kSin)) {
+    reader.fail("k_new and v_new, and cos and sin, come together");
+    return ffi::Unexpected(reader.error());
+  }
+  const auto optional = [&](Operand operand, const char* name) { return reader.optional(has(operand), name); };
   const ffi::DataType type = b.q.element_type();
   KvcacheParams p{};
   p.dtype = read_dtype(reader, b.q);

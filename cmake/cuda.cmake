@@ -41,17 +41,36 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
 function(jax_flash_kernels name architectures)
-  file(GLOB sources CONFIGURE_DEPENDS ${ARGN})
-  add_library(${name} OBJECT ${sources})
+  add_library(${name} OBJECT ${ARGN})
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}")
   target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v --expt-relaxed-constexpr>)
   target_link_libraries(${name} PRIVATE jax_flash_options)
 endfunction()
 
-jax_flash_kernels(jax_flash_sm80 "${JAX_FLASH_SM80_ARCHITECTURES}" csrc/cuda/sm80/*.cu csrc/cuda/decode/*.cu)
-jax_flash_kernels(jax_flash_sm90 90a-real csrc/cuda/sm90/*.cu)
+# The sources of a kernel's instances, one for each element type and head-dim bucket in ARGN: `kernel` is its folder in csrc/cuda,
+# `namespace` and `params` the types in its launch.cuh.
+function(jax_flash_instances sources kernel namespace params)
+  foreach(element IN ITEMS Float16 BFloat16)
+    foreach(bucket IN LISTS ARGN)
+      set(file "${CMAKE_CURRENT_BINARY_DIR}/instances/${kernel}/${element}_${bucket}.cu")
+      configure_file(csrc/cuda/instance.cu.in "${file}" @ONLY)
+      list(APPEND files "${file}")
+    endforeach()
+  endforeach()
+  set(${sources} ${files} PARENT_SCOPE)
+endfunction()
 
-add_library(jax_flash_cuda STATIC csrc/cuda/dispatch/dispatch.cc csrc/cuda/dispatch/device.cc)
+jax_flash_instances(sm80_forward sm80/forward sm80 ForwardParams 64 96 128 192 256)
+jax_flash_instances(sm80_backward sm80/backward sm80 BackwardParams 64 96 128 192 256)
+jax_flash_instances(sm90_forward sm90/forward sm90 ForwardParams 64 96 128 192 256)
+jax_flash_instances(sm90_backward sm90/backward sm90 BackwardParams 64 96 128 192 256)
+jax_flash_instances(decode kvcache/decode decode KvcacheParams 64 128 256)
+
+jax_flash_kernels(jax_flash_sm80 "${JAX_FLASH_SM80_ARCHITECTURES}" csrc/cuda/sm80/launch.cu csrc/cuda/kvcache/decode/launch.cu
+  csrc/cuda/kvcache/prefill/prefill.cu ${sm80_forward} ${sm80_backward} ${decode})
+jax_flash_kernels(jax_flash_sm90 90a-real csrc/cuda/sm90/forward/launch.cu csrc/cuda/sm90/backward/launch.cu ${sm90_forward} ${sm90_backward})
+
+add_library(jax_flash_cuda STATIC csrc/cuda/kernels.cc csrc/cuda/device.cc)
 target_include_directories(jax_flash_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(jax_flash_cuda PRIVATE jax_flash_options PUBLIC jax_flash_sm80 jax_flash_sm90)
 set_target_properties(jax_flash_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CUDA CUDA_ARCHITECTURES 80-real)

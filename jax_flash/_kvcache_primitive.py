@@ -213,7 +213,7 @@ def _layouts(names, avals) -> list[tuple[int, ...]]:
     return [_ffi.memory_order(name, aval.ndim)[::-1] for name, aval in zip(names, avals, strict=True)]
 
 
-# As csrc/cuda/decode/config.h and prefill.cu lay it out; the handler refuses a workspace that is too small.
+# As csrc/cuda/kvcache/{decode,prefill} lay it out; the handler refuses a workspace that is too small.
 _MAX_BLOCKS = 256
 _PREFILL_ROWS = 256
 _PREFILL_MOST_COPIED = 2**32

@@ -1,8 +1,8 @@
 // The CPU handlers: decode, then run the kernels on XLA's own threads.
 #include "cpu/launch.h"
-#include "decode.h"
-#include "executor.h"
-#include "handlers.h"
+#include "ffi/decode.h"
+#include "ffi/executor.h"
+#include "ffi/handlers.h"
 
 namespace jax_flash {
 namespace {

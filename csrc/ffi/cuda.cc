@@ -2,9 +2,9 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/device.h"
-#include "cuda/dispatch/dispatch.h"
-#include "decode.h"
-#include "handlers.h"
+#include "cuda/kernels.h"
+#include "ffi/decode.h"
+#include "ffi/handlers.h"
 
 namespace jax_flash {
 namespace {

@@ -1,11 +1,11 @@
-#include "decode.h"
+#include "ffi/decode.h"
 
 #include <initializer_list>
 #include <optional>
 
+#include "backward_workspace.h"
+#include "ffi/reader.h"
 #include "mask.h"
-#include "reader.h"
-#include "workspace.h"
 
 namespace jax_flash {
 namespace {

@@ -2,8 +2,8 @@
 // memory.
 #pragma once
 
+#include "ffi/xla_ffi.h"
 #include "params.h"
-#include "xla_ffi.h"
 
 namespace jax_flash {
 

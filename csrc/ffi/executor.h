@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "cpu/launch.h"
-#include "xla_ffi.h"
+#include "ffi/xla_ffi.h"
 
 namespace jax_flash {
 

@@ -1,7 +1,7 @@
 // The handlers that the module registers with XLA.
 #pragma once
 
-#include "xla_ffi.h"
+#include "ffi/xla_ffi.h"
 
 extern "C" {
 XLA_FFI_Error* jax_flash_cpu_forward(XLA_FFI_CallFrame* call_frame);

@@ -1,6 +1,6 @@
-#include "kvcache.h"
+#include "ffi/kvcache.h"
 
-#include "reader.h"
+#include "ffi/reader.h"
 
 namespace jax_flash {
 namespace {

@@ -1,8 +1,8 @@
 // XLA's buffers and attributes -> KvcacheParams, with every dimension checked.
 #pragma once
 
+#include "ffi/xla_ffi.h"
 #include "kvcache_params.h"
-#include "xla_ffi.h"
 
 namespace jax_flash {
 

@@ -2,9 +2,9 @@
 #include <cstring>
 
 #include "cpu/kvcache.h"
-#include "executor.h"
-#include "handlers.h"
-#include "kvcache.h"
+#include "ffi/executor.h"
+#include "ffi/handlers.h"
+#include "ffi/kvcache.h"
 
 namespace jax_flash {
 namespace {

@@ -1,12 +1,12 @@
 // The CUDA handler of attention over a cache.
 #include <cuda_runtime_api.h>
 
-#include "cuda/decode/launch.h"
-#include "cuda/decode/prefill.h"
 #include "cuda/device.h"
-#include "cuda/dispatch/dispatch.h"
-#include "handlers.h"
-#include "kvcache.h"
+#include "cuda/kernels.h"
+#include "cuda/kvcache/decode/launch.h"
+#include "cuda/kvcache/prefill/prefill.h"
+#include "ffi/handlers.h"
+#include "ffi/kvcache.h"
 
 namespace jax_flash {
 namespace {

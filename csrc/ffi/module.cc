@@ -3,9 +3,9 @@
 #include <nanobind/stl/string.h>
 
 #include "cpu/launch.h"
-#include "handlers.h"
+#include "ffi/handlers.h"
 #if defined(JAX_FLASH_CUDA)
-#include "cuda/dispatch/dispatch.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace nb = nanobind;

@@ -6,8 +6,8 @@
 #include <optional>
 #include <string>
 
+#include "ffi/xla_ffi.h"
 #include "params.h"
-#include "xla_ffi.h"
 
 namespace jax_flash {
 

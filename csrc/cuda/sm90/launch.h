@@ -6,8 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../params.h"
-#include "../device.h"
+#include "cuda/device.h"
+#include "params.h"
 
 namespace jax_flash::sm90 {
 

@@ -8,23 +8,11 @@
 
 #include <cstdint>
 
-#include "../../params.h"
-#include "../ptx/wgmma.h"
+#include "cuda/driver.h"
+#include "cuda/ptx/wgmma.cuh"
+#include "params.h"
 
 namespace jax_flash::sm90 {
-
-// The driver's encoder, looked up through the runtime so that nothing links libcuda. Null where the driver lacks it.
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  return encoder;
-}
 
 // A tile of a 16-bit array. size, box: elements, innermost axis first; stride[i]: elements from one index of axis i to
 // the next, stride[0] = 1, the others a multiple of 8 (16 bytes). A box's innermost extent is as wide as the swizzle.
@@ -39,7 +27,8 @@ struct TileShape {
 template <int kRank>
 inline cudaError_t encode_tensor_map(CUtensorMap* map, const void* base, DType dtype, ptx::Swizzle swizzle,
                                      const TileShape<kRank>& tile) {
-  const auto encode = tensor_map_encoder();
+  static const auto encode =
+      reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(driver_function("cuTensorMapEncodeTiled"));
   if (!encode) return cudaErrorNotSupported;
   cuuint64_t size[kRank], stride_bytes[kRank];
   cuuint32_t box[kRank], element_stride[kRank];

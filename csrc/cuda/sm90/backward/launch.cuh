@@ -1,0 +1,105 @@
+// Launches the backward kernels of one Config; each (dtype, head dim) is a small .cu of its own that instantiates it.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/sm90/backward/dq.cuh"
+#include "cuda/sm90/backward/split_keys.cuh"
+#include "cuda/sm90/backward/split_roles.cuh"
+#include "cuda/sm90/backward/stats.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace jax_flash::sm90 {
+
+// A [batch, rows, heads, H] array fetched or stored as 64 columns by box_rows rows of one head.
+inline cudaError_t encode_rows(CUtensorMap* map, const void* base, DType dtype, int64_t batch, int64_t rows,
+                               int64_t heads, int64_t H, int box_rows) {
+  const TileShape<4> tile = {
+      {H, heads, rows, batch}, {1, H, heads * H, rows * heads * H}, {kPanelColumns, 1, box_rows, 1}};
+  return encode_tensor_map(map, base, dtype, ptx::Swizzle::k128Bytes, tile);
+}
+
+template <class... Arguments>
+cudaError_t launch(void (*kernel)(Arguments...), int64_t blocks, int threads, size_t shared_bytes, bool overlap,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+using BackwardKernel = void (*)(BackwardArguments);
+
+template <class C>
+cudaError_t launch_backward(const BackwardParams& p, const Device& device, BackwardKernel kernel, int shared_bytes,
+                            cudaStream_t stream) {
+  const Shape& s = p.shape;
+  BackwardArguments args = {};
+  cudaError_t error = cudaSuccess;
+  const auto encode = [&](CUtensorMap* map, const void* base, int64_t rows, int64_t heads, int box_rows) {
+    if (error == cudaSuccess) error = encode_rows(map, base, p.dtype, s.B, rows, heads, s.H, box_rows);
+  };
+  encode(&args.q, p.q, s.T, s.N(), C::kM);
+  encode(&args.d_o, p.d_o, s.T, s.N(), C::kM);
+  encode(&args.k, p.k, s.S, s.K, C::kN);
+  encode(&args.v, p.v, s.S, s.K, C::kN);
+  encode(&args.dq, p.dq, s.T, s.N(), 64);
+  encode(&args.dk, p.dk, s.S, s.K, 64);
+  encode(&args.dv, p.dv, s.S, s.K, 64);
+  if (error != cudaSuccess) return error;
+
+  args.shape = s;
+  args.mask = p.mask;
+  const ScoreTransform transform = ScoreTransform::make(p.score.softmax_scale, p.score.softcap);
+  args.softmax_scale = p.score.softmax_scale;
+  args.softcap = transform.softcap;
+  args.tanh_scale = transform.scale_in;
+  args.log2_scale = transform.softcap > 0 ? transform.log2_scale : p.score.softmax_scale * kLog2e;
+  args.key_blocks = static_cast<int32_t>((s.S + kSumKeys - 1) / kSumKeys);
+  args.all_key_blocks = static_cast<int32_t>(s.B * s.K * args.key_blocks);
+  // Enough of them that their work fills all blocks for longer than the longest walk takes.
+  const int64_t heads_at_end = (2 * device.multiprocessors / C::kBlocks + args.key_blocks - 1) / args.key_blocks;
+  args.last_heads = p.mask.window_right < 0 ? 1 : static_cast<int32_t>(std::min(heads_at_end, s.B * s.K));
+  args.deterministic = p.deterministic;
+  args.workspace = make_backward_workspace(p.workspace, s);
+  args.gO = p.o;
+  args.gDo = p.d_o;
+  args.gLse = p.lse;
+  args.gDlse = p.d_lse;
+
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t heads = s.B * s.N(), rows = args.workspace.rows;
+  error = launch(backward_stats_kernel<C>, heads * (rows / kStatsRows), kStatsThreads, 0, false, stream, args);
+  if (error != cudaSuccess) return error;
+  const int64_t clusters = std::min<int64_t>(args.all_key_blocks, device.multiprocessors / C::kBlocks);
+  error = launch(kernel, clusters * C::kBlocks, C::kThreads, shared_bytes, true, stream, args);
+  if (error != cudaSuccess) return error;
+  return launch(backward_dq_kernel<C>, heads * (rows / C::kM), C::kDqParts * 128, 0, true, stream, args);
+}
+
+template <class T, int kHeadDim>
+cudaError_t launch_instance(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  const bool capped = p.score.softcap > 0;
+  if constexpr (kHeadDim <= 128) {
+    using C = SplitKeysConfig<T, kHeadDim>;
+    return launch_backward<C>(p, device,
+                              capped ? backward_split_keys_kernel<C, true> : backward_split_keys_kernel<C, false>,
+                              sizeof(SplitKeysShared<C>), stream);
+  } else {
+    using C = SplitRolesConfig<T, kHeadDim>;
+    return launch_backward<C>(p, device,
+                              capped ? backward_split_roles_kernel<C, true> : backward_split_roles_kernel<C, false>,
+                              sizeof(SplitRolesShared<C>), stream);
+  }
+}
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,31 @@
+// What the backward kernels keep between them, and where it lies in the workspace.
+#pragma once
+
+#include <cstdint>
+
+#include "backward_workspace.h"
+
+namespace jax_flash::sm90 {
+
+struct BackwardWorkspace {
+  float* dq;           // [B, K, G, T' / M, M * H'] float32 sums; a tile in parts, see dq_part
+  float* lse2;         // [B, K, G, T'] lse * log2(e); +inf for a row that sees nothing, so that its probabilities are 0
+  float* minus_delta;  // [B, K, G, T'] dlse - rowsum(dO * O)
+  uint16_t* turns;     // [B, K, G, T' / 64, 2] who added to a tile last, for deterministic sums; see SumTurn
+  uint32_t* next_block;  // the key block that nobody has taken yet
+  int64_t rows;          // T': T rounded up to 128
+};
+
+inline BackwardWorkspace make_backward_workspace(void* base, const Shape& shape) {
+  BackwardWorkspace w;
+  w.rows = round_up(shape.T, 128);
+  const int64_t rows = shape.B * shape.N() * w.rows;
+  w.dq = static_cast<float*>(base);
+  w.lse2 = w.dq + rows * head_dim_bucket(shape.H);
+  w.minus_delta = w.lse2 + rows;
+  w.turns = reinterpret_cast<uint16_t*>(w.minus_delta + rows);
+  w.next_block = reinterpret_cast<uint32_t*>(w.turns + rows / 32);
+  return w;
+}
+
+}  // namespace jax_flash::sm90

@@ -65,6 +65,8 @@ def write_gguf(path, settings, tensors, raw_types=None):
         if key == "general.architecture":
             continue
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        if type(value) is int and not 0 <= value < 2**32:
+            add[int] = writer.add_int64 if value < 0 else writer.add_uint64
         add.get(type(value), writer.add_array)(key, value)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor, raw_dtype=(raw_types or {}).get(name))

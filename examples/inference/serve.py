@@ -237,6 +237,8 @@ def main(argv=None):
     prompts = [(line, text.encode_chat(line)) for line in lines if line.strip()]
     if not prompts:
         raise gguf_model.ModelError("there are no prompts")
+    if not all(ids for _, ids in prompts):
+        raise gguf_model.ModelError("the prompt is empty")
     longest = max(len(ids) for _, ids in prompts) + arguments.max_tokens
     if longest > config.context_length:
         raise gguf_model.ModelError(f"{longest} tokens exceed the model's context of {config.context_length}")

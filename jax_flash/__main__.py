@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_flash
-from jax_flash import _native, _validate, reference
+from jax_flash import _ffi, _native, _validate, reference
 
 # Bytes of shared memory that one block may have, by compute capability; newer ones are asked about as the smallest.
 _SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -151,8 +151,8 @@ def _kernel(direction: str, capability: int, options: argparse.Namespace) -> str
         H=options.H,
         has_mask=options.mask,
         softcap=spec.softcap or 0.0,
-        window_left=-1 if spec.window_left is None else spec.window_left,
-        window_right=-1 if spec.window_right is None else spec.window_right,
+        left=_ffi.side(spec.window_left),
+        right=_ffi.side(spec.window_right),
         deterministic=spec.deterministic,
     )
     return name or "none"

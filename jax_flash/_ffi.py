@@ -52,6 +52,11 @@ def check_cuda(q: ShapedArray) -> None:
         )
 
 
+def side(value: int | None) -> int:
+    """A side of a band as the kernels take it."""
+    return _native.UNBOUNDED if value is None else value
+
+
 def memory_order(name: str, ndim: int) -> tuple[int, ...]:
     """The permutation of logical axes, major to minor, in which an array lies in memory."""
     axes = AXES[name]

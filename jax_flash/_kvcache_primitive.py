@@ -170,8 +170,8 @@ def _lower_call(ctx: mlir.LoweringRuleContext, *operands, spec, names, platform,
     options = dict(
         present=sum(1 << i for i, name in enumerate(Operands._fields[3:]) if name in names),
         time_major=time_major,
-        window_left=-1 if spec.window_left is None else spec.window_left,
-        window_right=-1 if spec.window_right is None else spec.window_right,
+        left=_ffi.side(spec.window_left),
+        right=_ffi.side(spec.window_right),
         num_splits=spec.num_splits,
         rotary_interleaved=spec.rotary_interleaved,
     )

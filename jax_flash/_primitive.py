@@ -163,8 +163,9 @@ def _attributes(spec: Spec, extras: tuple[str, ...], time_major: bool) -> dict:
     return dict(
         softmax_scale=np.float32(spec.softmax_scale),
         softcap=np.float32(spec.softcap or 0.0),
-        window_left=-1 if spec.window_left is None else spec.window_left,
-        window_right=-1 if spec.window_right is None else spec.window_right,
+        left=_ffi.side(spec.window_left),
+        right=_ffi.side(spec.window_right),
+        top_left=False,
         has_mask="mask" in extras,
         has_q_lengths="q_lengths" in extras,
         has_kv_lengths="kv_lengths" in extras,

@@ -163,6 +163,8 @@ void attend_to_pages(const KvcacheParams& params, const std::vector<CacheSequenc
   ForwardParams forward{};
   forward.dtype = params.dtype;
   forward.shape = Shape{params.B, params.K, params.G, params.T, length, params.H};
+  forward.band.left = params.left;
+  forward.band.right = params.right;
   forward.score = params.score;
   forward.q = q;
   forward.o = params.o;
@@ -196,16 +198,12 @@ void attend_to_pages(const KvcacheParams& params, const std::vector<CacheSequenc
         const int32_t keys = chunk.end - chunk.begin;
         char* k = static_cast<char*>(memory);
         gather(params, chunk.b, s, chunk.begin, chunk.end, k, k + length * row_bytes);
-        // The chunk as a sequence of its own. Queries whose window begins behind it are cut off; with the rest,
-        // the band keeps its place.
+        // The chunk as a sequence of its own, in which the diagonal keeps its place.
         ForwardParams piece = forward;
         piece.shape.B = 1;
-        const int32_t queries = params.window_left >= 0 ? std::clamp(chunk.end - s.band.first, 0, params.T) : params.T;
-        const std::vector<int32_t> q_lengths(params.K, queries), kv_lengths(params.K, keys);
-        piece.mask.q_lengths = q_lengths.data();
-        piece.mask.kv_lengths = kv_lengths.data();
-        if (params.window_left >= 0) piece.mask.window_left = keys - queries - (s.band.first - chunk.begin);
-        if (params.window_right >= 0) piece.mask.window_right = s.band.last - chunk.begin - keys + queries;
+        const std::vector<int32_t> kv_lengths(params.K, keys), diagonal(params.K, s.end - params.T - chunk.begin);
+        piece.band.kv_lengths = kv_lengths.data();
+        piece.band.diagonal = diagonal.data();
         piece.q = static_cast<const char*>(q) + chunk.b * params.T * params.G * row_bytes;
         piece.k = k;
         piece.v = k + length * row_bytes;
@@ -240,8 +238,8 @@ void attend(const KvcacheParams& params, int32_t b, const CacheSequence& sequenc
   forward.dtype = params.dtype;
   forward.shape = Shape{1, params.K, params.G, params.T, end - begin, params.H};
   forward.score = params.score;
-  forward.mask.window_left = params.window_left;
-  forward.mask.window_right = params.window_right;
+  forward.band.left = params.left;
+  forward.band.right = params.right;
   forward.q = static_cast<const char*>(q) + b * params.T * N * params.H * size;
   forward.k = k;
   forward.v = v;
@@ -289,9 +287,9 @@ void kvcache(const KvcacheParams& params, Executor& executor) {
   ForwardParams forward{};
   forward.dtype = params.dtype;
   forward.shape = Shape{params.B, params.K, params.G, params.T, params.S, params.H};
-  forward.mask.window_left = params.window_left;
-  forward.mask.window_right = params.window_right;
-  forward.mask.kv_lengths = lengths.data();
+  forward.band.left = params.left;
+  forward.band.right = params.right;
+  forward.band.kv_lengths = lengths.data();
   forward.score = params.score;
   forward.q = q;
   forward.k = params.k_cache;

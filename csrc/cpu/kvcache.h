@@ -1,8 +1,8 @@
 // Attention over a KV cache on the CPU: appends the new tokens, then runs the forward kernels on what the cache holds.
 #pragma once
 
+#include "cache_sequence.h"
 #include "cpu/launch.h"
-#include "kvcache_params.h"
 
 namespace jax_flash::cpu {
 

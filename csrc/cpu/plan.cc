@@ -22,7 +22,7 @@ struct KeyRange {
 KeyRange visible_keys(const ForwardParams& params, int64_t b) {
   KeyRange range{params.shape.S, 0};
   for (int64_t kh = 0; kh < params.shape.K; ++kh) {
-    const Band band = make_band(params.shape, params.mask, b, kh);
+    const Band band = make_band(params.shape, params.band, b, kh);
     if (band.T == 0) continue;
     range.begin = std::min<int64_t>(range.begin, band.key_begin(0));
     range.end = std::max<int64_t>(range.end, band.key_end(band.T - 1));

@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "backward_workspace.h"
+#include "band.h"
 #include "ffi/reader.h"
-#include "mask.h"
 
 namespace jax_flash {
 namespace {
@@ -56,29 +56,35 @@ Layout read_layout(Reader& reader, ffi::AnyBuffer q, ffi::AnyBuffer k) {
 
 MaskParams read_mask(Reader& reader, const Layout& layout) {
   MaskParams mask;
-  mask.window_left = reader.attr<int64_t>("window_left");
-  mask.window_right = reader.attr<int64_t>("window_right");
   if (const auto bits = reader.optional("has_mask")) {
     const DimsView got = bits->dimensions();
     if (got.size() != layout.lead.size() + 4) {
       reader.fail("mask must have rank " + std::to_string(layout.lead.size() + 4) + "; got " + to_string(got));
       return mask;
     }
-    mask.mask_G = got[got.size() - 3] == 1 ? 1 : layout.shape.G;
-    mask.mask_T = got[got.size() - 2] == 1 ? 1 : layout.shape.T;
+    mask.G = got[got.size() - 3] == 1 ? 1 : layout.shape.G;
+    mask.T = got[got.size() - 2] == 1 ? 1 : layout.shape.T;
     reader.expect("mask", *bits, ffi::DataType::U32,
-                  layout.with_lead({layout.shape.K, mask.mask_G, mask.mask_T, (layout.shape.S + 31) / 32}));
-    mask.mask = static_cast<const uint32_t*>(bits->untyped_data());
+                  layout.with_lead({layout.shape.K, mask.G, mask.T, (layout.shape.S + 31) / 32}));
+    mask.words = static_cast<const uint32_t*>(bits->untyped_data());
   }
+  return mask;
+}
+
+BandParams read_band(Reader& reader, const Layout& layout) {
+  BandParams band;
+  band.left = reader.attr<int64_t>("left");
+  band.right = reader.attr<int64_t>("right");
+  band.top_left = reader.attr<bool>("top_left");
   const auto lengths = [&](const char* flag, const char* name) -> const int32_t* {
     const auto buffer = reader.optional(flag);
     if (!buffer) return nullptr;
     reader.expect(name, *buffer, ffi::DataType::S32, layout.per_kv_head());
     return static_cast<const int32_t*>(buffer->untyped_data());
   };
-  mask.q_lengths = lengths("has_q_lengths", "q_lengths");
-  mask.kv_lengths = lengths("has_kv_lengths", "kv_lengths");
-  return mask;
+  band.q_lengths = lengths("has_q_lengths", "q_lengths");
+  band.kv_lengths = lengths("has_kv_lengths", "kv_lengths");
+  return band;
 }
 
 }  // namespace
@@ -94,6 +100,7 @@ ffi::ErrorOr<ForwardParams> decode_forward(ffi::AnyBuffer q, ffi::AnyBuffer k, f
   p.shape = layout.shape;
   p.score = read_score(reader);
   p.mask = read_mask(reader, layout);
+  p.band = read_band(reader, layout);
   const ffi::DataType type = q.element_type();
   reader.expect("k", k, type, layout.key());
   reader.expect("v", v, type, layout.key());
@@ -123,6 +130,7 @@ ffi::ErrorOr<BackwardParams> decode_backward(const BackwardBuffers& b, ffi::Rema
     p.d_lse = static_cast<const float*>(d_lse->untyped_data());
   }
   p.mask = read_mask(reader, layout);
+  p.band = read_band(reader, layout);
   const ffi::DataType type = b.q.element_type();
   for (const auto& [name, buffer] : {std::pair{"o", b.o}, {"do", b.d_o}, {"dq", b.dq}}) {
     reader.expect(name, buffer, type, layout.query());

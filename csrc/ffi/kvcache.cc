@@ -80,8 +80,8 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.rows = static_cast<int32_t>(l.rows);
   p.S = static_cast<int32_t>(l.S);
   p.sequence_stride = static_cast<int32_t>(l.time_major ? 1 : l.K);
-  p.window_left = option(kWindowLeft);
-  p.window_right = option(kWindowRight);
+  p.left = option(kLeft);
+  p.right = option(kRight);
   p.score = ScoreParams{(*score)[0], (*score)[1]};
   p.num_splits = static_cast<int32_t>(option(kNumSplits));
 
@@ -118,7 +118,7 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     const DimsView got = cos->dimensions();
     RotaryParams& r = p.rotary;
     r.interleaved = option(kRotaryInterleaved);
-    r.per_query = p.window_left >= 0 || p.window_right >= 0;
+    r.per_query = p.left != kUnbounded || p.right != kUnbounded;
     r.per_sequence = !l.time_major;
     r.dtype = to_dtype(cos->element_type()).value_or(p.dtype);
     if (got.size() < 2 || got.back() * 2 > l.H || got.back() % 8 != 0 || got[got.size() - 2] < 1) {

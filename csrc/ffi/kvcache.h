@@ -1,8 +1,8 @@
 // XLA's buffers and attributes -> KvcacheParams, with every dimension checked.
 #pragma once
 
+#include "cache_sequence.h"
 #include "ffi/xla_ffi.h"
-#include "kvcache_params.h"
 
 namespace jax_flash {
 
@@ -29,8 +29,8 @@ auto kvcache_binding() {
 enum KvcacheOption : size_t {
   kPresent,  // a bit for each optional operand, in the order above
   kTimeMajor,
-  kWindowLeft,
-  kWindowRight,
+  kLeft,
+  kRight,
   kNumSplits,
   kRotaryInterleaved,
   kKvcacheOptions

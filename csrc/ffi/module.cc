@@ -50,19 +50,20 @@ DType dtype_from(const std::string& name) {
 // The name of the CUDA kernel that a call would get, or "" where none takes it.
 std::string kernel_name([[maybe_unused]] const std::string& direction, [[maybe_unused]] int compute_capability,
                         [[maybe_unused]] int shared_memory, const std::string& dtype, int64_t B, int64_t K, int64_t G,
-                        int64_t T, int64_t S, int64_t H, bool has_mask, float softcap, int64_t window_left,
-                        int64_t window_right, bool deterministic) {
+                        int64_t T, int64_t S, int64_t H, bool has_mask, float softcap, int64_t left, int64_t right,
+                        bool deterministic) {
   ForwardParams forward{};
   forward.dtype = dtype_from(dtype);
   forward.shape = Shape{B, K, G, T, S, H};
-  forward.mask.window_left = window_left;
-  forward.mask.window_right = window_right;
+  forward.band.left = left;
+  forward.band.right = right;
   static const uint32_t some_mask = 0;
-  if (has_mask) forward.mask.mask = &some_mask;
+  if (has_mask) forward.mask.words = &some_mask;
   forward.score.softcap = softcap;
   BackwardParams backward{};
   backward.dtype = forward.dtype;
   backward.shape = forward.shape;
+  backward.band = forward.band;
   backward.mask = forward.mask;
   backward.score = forward.score;
   backward.deterministic = deterministic;
@@ -87,10 +88,10 @@ NB_MODULE(_native, m) {
   m.doc() = "jax_flash's compiled kernels: FFI handlers and build information.";
   m.def("registrations", &registrations);
   m.def("build_info", &build_info);
+  m.attr("UNBOUNDED") = kUnbounded;
   m.def("kernel_name", &kernel_name, nb::arg("direction"), nb::arg("compute_capability"), nb::arg("shared_memory"),
         nb::arg("dtype"), nb::arg("B"), nb::arg("K"), nb::arg("G"), nb::arg("T"), nb::arg("S"), nb::arg("H"),
-        nb::arg("has_mask"), nb::arg("softcap"), nb::arg("window_left"), nb::arg("window_right"),
-        nb::arg("deterministic"));
+        nb::arg("has_mask"), nb::arg("softcap"), nb::arg("left"), nb::arg("right"), nb::arg("deterministic"));
 }
 
 }  // namespace jax_flash

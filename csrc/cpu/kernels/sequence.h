@@ -34,7 +34,7 @@ struct Sequence {
 
 template <class Params>
 JAX_FLASH_INLINE Sequence make_sequence(const Params& params, int64_t b, int64_t kh) {
-  return {params.shape, params.mask, b, kh, make_band(params.shape, params.mask, b, kh)};
+  return {params.shape, params.mask, b, kh, make_band(params.shape, params.band, b, kh)};
 }
 
 // The columns of a key block that a strip of rows has to compute: whole tiles around all that one of them sees.
@@ -50,7 +50,7 @@ JAX_FLASH_INLINE Columns visible_columns(const Sequence& seq, int64_t row, int64
   Columns columns;
   columns.begin = (from < 0 ? 0 : from) / kTileCols * kTileCols;
   columns.end = round_up(to < n ? to : n, kTileCols);
-  columns.masked = seq.mask.mask != nullptr || seq.band.key_begin(last) - key > columns.begin ||
+  columns.masked = seq.mask.words != nullptr || seq.band.key_begin(last) - key > columns.begin ||
                    seq.band.key_end(first) - key < columns.end;
   return columns;
 }

@@ -40,7 +40,7 @@ struct MaskBits {
                                                   int64_t g) {
     MaskBits bits;
     bits.words = mask_row(shape, mask, b, kh, g, 0);
-    bits.row_stride = mask.mask_T > 1 ? (shape.S + 31) / 32 : 0;
+    bits.row_stride = mask.T > 1 ? (shape.S + 31) / 32 : 0;
     bits.T = static_cast<int32_t>(shape.T);
     bits.S = static_cast<int32_t>(shape.S);
     return bits;

@@ -2,8 +2,8 @@
 // in float32 and the result is rounded once.
 #pragma once
 
+#include "cache_sequence.h"
 #include "cuda/tile/convert.cuh"
-#include "kvcache_params.h"
 
 namespace jax_flash::decode {
 

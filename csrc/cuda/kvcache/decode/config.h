@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kvcache_params.h"
+#include "cache_sequence.h"
 
 namespace jax_flash::decode {
 

@@ -3,8 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cache_sequence.h"
 #include "cuda/device.h"
-#include "kvcache_params.h"
 
 namespace jax_flash::decode {
 

@@ -1,8 +1,8 @@
 // Which tiles of which segment a block works on, decided on the device from the sequences' actual lengths.
 #pragma once
 
+#include "cache_sequence.h"
 #include "cuda/kvcache/decode/config.h"
-#include "kvcache_params.h"
 
 namespace jax_flash::decode {
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ Tiles tiles_of(const CacheSequence& s) {
 __device__ __forceinline__ CacheSequence shuffle(const CacheSequence& s, int lane) {
   const auto from = [lane](int32_t x) { return __shfl_sync(~0u, x, lane); };
   return CacheSequence{from(s.length), from(s.end), from(s.begin), from(s.row),
-                       Band{from(s.band.T), from(s.band.S), from(s.band.first), from(s.band.last)}};
+                       DiagonalBand{from(s.band.T), from(s.band.S), from(s.band.first), from(s.band.last)}};
 }
 
 // The next pieces of a block, in shared memory. One warp fills it; the others wait at a barrier.

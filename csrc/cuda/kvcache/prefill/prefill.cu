@@ -132,9 +132,9 @@ cudaError_t prepare(const KvcacheParams& params, cudaStream_t stream, ForwardPar
   *forward = ForwardParams{};
   forward->dtype = params.dtype;
   forward->shape = Shape{params.B, params.K, params.G, params.T, cache_capacity(params), params.H};
-  forward->mask.window_left = params.window_left;
-  forward->mask.window_right = params.window_right;
-  forward->mask.kv_lengths = reinterpret_cast<const int32_t*>(base);
+  forward->band.left = params.left;
+  forward->band.right = params.right;
+  forward->band.kv_lengths = reinterpret_cast<const int32_t*>(base);
   forward->score = params.score;
   forward->q = params.rotary.dim ? base + w.q : params.q;
   forward->k = w.copies_keys ? base + w.k : params.k_cache;

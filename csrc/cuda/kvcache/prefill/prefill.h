@@ -5,8 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cache_sequence.h"
 #include "cuda/device.h"
-#include "kvcache_params.h"
 #include "params.h"
 
 namespace jax_flash::prefill {

@@ -63,7 +63,7 @@ __device__ __forceinline__ void apply_score_and_mask(typename Config::ScoreFragm
 #pragma unroll
     for (int m = 0; m < Config::kScoreTiles; ++m) apply_band(acc[m], *band, i + 16 * m, j, place.lane);
   }
-  if (params.mask.mask) {
+  if (params.mask.words) {
     const Place place;
     const int32_t i = i0 + score_row<Config>(place.warp) + place.lane / 4;
     const int32_t j = j0 + score_col<Config>(place.warp);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int64_t query_stride = shape.K * shape.G * head_dim, key_stride = shape.K * head_dim;
   const int64_t query_offset = b * shape.T * query_stride + kh * shape.G * head_dim;
   const int64_t key_offset = (b * shape.S + j0) * key_stride + kh * head_dim;
-  const Band band = make_band(shape, params.mask, b, kh);
+  const Band band = make_band(shape, params.band, b, kh);
   const BlockRange range = query_blocks(band, j0, j0 + kN, kM);
 
   typename Config::KeyFragment acc_k, acc_v;

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int chunk = threadIdx.x % kLanes;
   const Shape& shape = params.shape;
   const HeadIndex index(shape, head);
-  const Band band = make_band(shape, params.mask, index.b, index.kh);
+  const Band band = make_band(shape, params.band, index.b, index.kh);
   const int head_dim = static_cast<int>(shape.H);
   const int64_t row = head * workspace.rows + i;
 

@@ -121,7 +121,7 @@ __device__ __forceinline__ void apply_score_and_mask(float (&acc)[Config::kRowTi
 #pragma unroll
     for (int m = 0; m < Config::kRowTiles; ++m) apply_band(acc[m], *band, i + lane / 4 + 16 * m, j0, lane);
   }
-  if (params.mask.mask) {
+  if (params.mask.words) {
     const int lane = ptx::opaque(threadIdx.x) % 32;
     const HeadIndex head(params.shape, ptx::opaque(linear_head));
     const MaskBits bits = MaskBits::make(params.shape, params.mask, head.b, head.kh, head.g);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const ForwardTile<Config> tile(shape, blockIdx.x, query_blocks);
   const int64_t key_stride = shape.K * shape.H;
   const int64_t key_offset = tile.head.b * shape.S * key_stride + tile.head.kh * shape.H;
-  const Band band = make_band(shape, params.mask, tile.head.b, tile.head.kh);
+  const Band band = make_band(shape, params.band, tile.head.b, tile.head.kh);
   const BlockRange range = key_blocks(band, tile.i0, tile.i0 + kM, kN);
 
   const int warp_row = warp * 16 * kTiles;
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // A block that saw no key has not touched shared memory yet; one that did is done with its own rows of Q. Where to
   // write is found out again rather than held in registers.
   const ForwardTile<Config> target(shape, ptx::opaque(blockIdx.x), query_blocks);
-  const int valid_rows = make_band(shape, params.mask, target.head.b, target.head.kh).T - target.i0;
+  const int valid_rows = make_band(shape, params.band, target.head.b, target.head.kh).T - target.i0;
   const int rows = static_cast<int>(shape.T) - target.i0;
   float* gLse = params.lse + int64_t{target.linear_head} * shape.T + target.i0;
 #pragma unroll

@@ -4,8 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "band.h"
 #include "cuda/sm90/backward/workspace.h"
-#include "mask.h"
 
 namespace jax_flash::sm90 {
 
@@ -15,7 +15,7 @@ struct BackwardArguments {
   CUtensorMap dq, dk, dv;  // stores of 64 columns by 64 rows
   BackwardWorkspace workspace;
   Shape shape;
-  MaskParams mask;
+  BandParams band;
   float softmax_scale;
   float log2_scale;  // exponent of 2 = log2_scale * (product, or with a softcap tanh(tanh_scale * product))
   float tanh_scale;

@@ -24,7 +24,7 @@ bool accepts_backward(const BackwardParams& p, const Device& device) {
   const bool type = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
   const bool pointers = aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.o) && aligned(p.d_o) &&
                         aligned(p.dq) && aligned(p.dk) && aligned(p.dv);
-  return device.compute_capability == 90 && type && pointers && s.H % 8 == 0 && s.H <= 256 && !p.mask.mask &&
+  return device.compute_capability == 90 && type && pointers && s.H % 8 == 0 && s.H <= 256 && !p.mask.words &&
          !(p.deterministic && s.S > kMaxOrderedKeys);
 }
 

@@ -57,7 +57,7 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   if (error != cudaSuccess) return error;
 
   args.shape = s;
-  args.mask = p.mask;
+  args.band = p.band;
   const ScoreTransform transform = ScoreTransform::make(p.score.softmax_scale, p.score.softcap);
   args.softmax_scale = p.score.softmax_scale;
   args.softcap = transform.softcap;
@@ -67,7 +67,7 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   args.all_key_blocks = static_cast<int32_t>(s.B * s.K * args.key_blocks);
   // Enough of them that their work fills all blocks for longer than the longest walk takes.
   const int64_t heads_at_end = (2 * device.multiprocessors / C::kBlocks + args.key_blocks - 1) / args.key_blocks;
-  args.last_heads = p.mask.window_right < 0 ? 1 : static_cast<int32_t>(std::min(heads_at_end, s.B * s.K));
+  args.last_heads = p.band.right > kMaxLength ? 1 : static_cast<int32_t>(std::min(heads_at_end, s.B * s.K));
   args.deterministic = p.deterministic;
   args.workspace = make_backward_workspace(p.workspace, s);
   args.gO = p.o;

@@ -17,7 +17,7 @@ struct BackwardWork {
 
   // Deterministic sums under a causal mask take key blocks from the last to the first: see SumTurn.
   __device__ __forceinline__ static bool last_first(const BackwardArguments& args) {
-    return args.deterministic && args.mask.window_right >= 0;
+    return args.deterministic && args.band.right <= kMaxLength;
   }
 
   // cluster: the number of a block or pair in the order in which they are taken; rank: a block's place in its pair.
@@ -35,7 +35,7 @@ struct BackwardWork {
     const int32_t n = rest < 0 ? cluster % args.key_blocks : rest / args.last_heads;
     const int32_t first = (last_first(args) ? args.key_blocks - 1 - n : n) * kSumKeys;
     w.n0 = first + rank * C::kN;
-    w.band = make_band(args.shape, args.mask, w.b, w.kh);
+    w.band = make_band(args.shape, args.band, w.b, w.kh);
     // The blocks of a cluster walk together, over what any of them sees.
     w.tiles = query_blocks(w.band, w.n0, w.n0 + C::kN, C::kM);
     const BlockRange all = query_blocks(w.band, first, first + kSumKeys, C::kM);

@@ -12,7 +12,7 @@ bool accepts_forward(const ForwardParams& params, const Device& device) {
   const bool type = params.dtype == DType::kFloat16 || params.dtype == DType::kBFloat16;
   // TMA wants rows of a multiple of 16 bytes.
   const bool head_dim = params.shape.H > 0 && params.shape.H <= 256 && params.shape.H % 8 == 0;
-  return device.compute_capability == 90 && type && head_dim && !params.mask.mask;
+  return device.compute_capability == 90 && type && head_dim && !params.mask.words;
 }
 
 cudaError_t forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {

@@ -25,7 +25,7 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
   const int64_t N = shape.N(), keys = shape.S > 0 ? shape.S : 1;
   ForwardArguments a;
   a.shape = shape;
-  a.mask = params.mask;
+  a.band = params.band;
   a.transform = ScoreTransform::make(params.score.softmax_scale, params.score.softcap);
   a.packed = packed_heads(shape, Config::kWarpgroups * 64);
   a.queries = 64 / a.packed;
@@ -64,7 +64,7 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
 
 template <class Element, int kHeadDim>
 cudaError_t launch_instance(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  const bool band = params.mask.window_left >= 0 || params.mask.window_right >= 0;
+  const bool band = is_bounded(params.band);
   const auto brief = launch_forward<ForwardConfig<Element, kHeadDim, true>>;
   if constexpr (same_tiles(kHeadDim)) {
     return brief(params, band, device, stream);

@@ -20,7 +20,7 @@ __device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, int3
   work.steps = 0;
   if (work.last) return work;
   work.kv_head = a.packed > 1 ? work.tile.head : work.tile.head / static_cast<int32_t>(a.shape.G);
-  work.band = make_band(a.shape, a.mask, work.tile.batch, work.kv_head);
+  work.band = make_band(a.shape, a.band, work.tile.batch, work.kv_head);
   // Tiles are laid from the last query backwards: where they do not divide T, the first one is short. Under a causal
   // mask that is the one with the fewest keys.
   const int32_t queries = Config::kWarpgroups * a.queries;

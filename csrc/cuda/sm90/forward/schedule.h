@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "mask.h"
+#include "band.h"
 
 namespace jax_flash::sm90 {
 

@@ -5,10 +5,10 @@
 
 #include <cstdint>
 
+#include "band.h"
 #include "cuda/sm90/forward/config.h"
 #include "cuda/sm90/forward/schedule.h"
 #include "cuda/tile/softmax.cuh"
-#include "mask.h"
 #include "params.h"
 
 namespace jax_flash::sm90 {
@@ -18,7 +18,7 @@ struct ForwardArguments {
   CUtensorMap k;  // [B, S, K, H], box 1 x keys x 1 x panel
   CUtensorMap v;  // as k
   Shape shape;
-  MaskParams mask;
+  BandParams band;
   ScoreTransform transform;
   ForwardSchedule schedule;
   int32_t packed;    // query heads in the rows of a tile: 1, or G

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "band.h"
 #include "cuda/sm90/forward/shared.cuh"
-#include "mask.h"
 
 namespace jax_flash::sm90 {
 

@@ -1,9 +1,7 @@
 #include "cpu/kvcache.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -14,117 +12,53 @@
 namespace jax_flash::cpu {
 namespace {
 
-// Scalar conversions: rotary embedding touches the new tokens alone, which are few beside the cache.
-struct BFloat16 {
-  uint16_t bits;
-  float to_float() const {
-    const uint32_t u = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &u, 4);
-    return x;
-  }
-  static BFloat16 from(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    if (x != x) return {static_cast<uint16_t>(u >> 16 | 0x40)};
-    return {static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
-  }
-};
-
-struct Half {
-  uint16_t bits;
-  float to_float() const {
-    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
-    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                            : exponent
-                                ? std::ldexp(static_cast<float>(mantissa | 0x400), static_cast<int>(exponent) - 25)
-                                : std::ldexp(static_cast<float>(mantissa), -24);
-    return bits >> 15 ? -magnitude : magnitude;
-  }
-  static Half from(float x) {
-    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-    x = std::fabs(x);
-    if (x != x) return {static_cast<uint16_t>(sign | 0x7e00)};
-    if (x >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-    int exponent;
-    std::frexp(x, &exponent);
-    const int unit = std::max(exponent - 11, -24);  // x is rounded to a multiple of 2^unit, to nearest even
-    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(x, -unit)));
-    // A normal number's leading bit adds 1 to the exponent field.
-    return {static_cast<uint16_t>(sign | ((static_cast<uint32_t>(unit + 24) << 10) + steps))};
-  }
-};
-
-struct Float {
-  float value;
-  float to_float() const { return value; }
-  static Float from(float x) { return {x}; }
-};
-
-template <class Work>
-void with_element(DType dtype, Work work) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return work(Float{});
-    case DType::kFloat16:
-      return work(Half{});
-    case DType::kBFloat16:
-      return work(BFloat16{});
-  }
-}
-
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Copies the head x [H] to y, turned by the angles of query or new key i of sequence b.
-template <class Element>
-void rotate(const KvcacheParams& params, int32_t b, int32_t kh, int32_t length, int32_t i, const Element* x,
-            Element* y) {
+void rotate(const KvcacheParams& params, const Kernels& kernels, int32_t b, int64_t kh, int32_t length, int32_t i,
+            const char* x, char* y) {
+  const int64_t size = element_size(params.dtype);
   const RotaryParams& rotary = params.rotary;
-  std::memcpy(y, x, params.H * sizeof(Element));
+  const int64_t turned = rotary.dim * size;
+  std::memcpy(y + turned, x + turned, params.H * size - turned);
   if (!rotary.dim) return;
-  const int32_t half = rotary.dim / 2;
+  const int64_t half = rotary.dim / 2;
   int64_t row = std::min(rotary.per_sequence ? i : length + i, rotary.rows - 1);
   if (rotary.per_sequence) row += (static_cast<int64_t>(b) * params.K + kh) * rotary.rows;
-  const auto angle = [&](const void* table, int32_t at) {
-    if (rotary.dtype == DType::kFloat32) return static_cast<const float*>(table)[row * half + at];
-    return static_cast<const Element*>(table)[row * half + at].to_float();
-  };
-  for (int32_t r = 0; r < half; ++r) {
-    const int32_t first = rotary.interleaved ? 2 * r : r, second = rotary.interleaved ? 2 * r + 1 : r + half;
-    const float c = angle(rotary.cos, r), s = angle(rotary.sin, r);
-    const float x0 = x[first].to_float(), x1 = x[second].to_float();
-    y[first] = Element::from(x0 * c - x1 * s);
-    y[second] = Element::from(x1 * c + x0 * s);
-  }
+  const int64_t at = row * half * element_size(rotary.dtype);
+  kernels.rotate(params.dtype,
+                 {x, y, static_cast<const char*>(rotary.cos) + at, static_cast<const char*>(rotary.sin) + at, half,
+                  rotary.dtype == DType::kFloat32, rotary.interleaved});
 }
 
 // Writes the new tokens of sequence b.
-template <class Element>
-void append(const KvcacheParams& params, int32_t b, const CacheSequence& sequence) {
-  const int64_t row = static_cast<int64_t>(params.K) * params.H;
+void append(const KvcacheParams& params, const Kernels& kernels, int32_t b, const CacheSequence& sequence) {
+  const int64_t head = params.H * element_size(params.dtype), row = params.K * head;
   for (int32_t j = sequence.length; j < sequence.end; ++j) {
     const int64_t position = cache_position(params, sequence.row, cache_place(params, b, j));
     if (position < 0) continue;
     const int32_t t = j - sequence.length;
     const int64_t source = (static_cast<int64_t>(b) * params.T_new + t) * row;
-    for (int32_t kh = 0; kh < params.K; ++kh) {
-      rotate(params, b, kh, sequence.length, t, static_cast<const Element*>(params.k_new) + source + kh * params.H,
-             static_cast<Element*>(params.k_cache) + position * row + kh * params.H);
+    for (int64_t kh = 0; kh < params.K; ++kh) {
+      rotate(params, kernels, b, kh, sequence.length, t, static_cast<const char*>(params.k_new) + source + kh * head,
+             static_cast<char*>(params.k_cache) + position * row + kh * head);
     }
-    std::memcpy(static_cast<Element*>(params.v_cache) + position * row,
-                static_cast<const Element*>(params.v_new) + source, row * sizeof(Element));
+    std::memcpy(static_cast<char*>(params.v_cache) + position * row, static_cast<const char*>(params.v_new) + source,
+                row);
   }
 }
 
 // The queries of sequence b, rotated.
-template <class Element>
-void rotate_queries(const KvcacheParams& params, int32_t b, const CacheSequence& sequence, Element* out) {
-  const int64_t G = params.G, H = params.H;
+void rotate_queries(const KvcacheParams& params, const Kernels& kernels, int32_t b, const CacheSequence& sequence,
+                    char* out) {
+  const int64_t head = params.H * element_size(params.dtype);
+  int64_t at = static_cast<int64_t>(b) * params.T * params.K * params.G * head;
   for (int32_t t = 0; t < params.T; ++t) {
-    for (int64_t n = 0; n < params.K * G; ++n) {
-      const int64_t at = ((static_cast<int64_t>(b) * params.T + t) * params.K * G + n) * H;
-      rotate(params, b, static_cast<int32_t>(n / G), sequence.length, params.rotary.per_query ? t : 0,
-             static_cast<const Element*>(params.q) + at, out + at);
+    for (int64_t kh = 0; kh < params.K; ++kh) {
+      for (int32_t g = 0; g < params.G; ++g, at += head) {
+        rotate(params, kernels, b, kh, sequence.length, params.rotary.per_query ? t : 0,
+               static_cast<const char*>(params.q) + at, out + at);
+      }
     }
   }
 }
@@ -251,6 +185,7 @@ void attend(const KvcacheParams& params, int32_t b, const CacheSequence& sequenc
 }  // namespace
 
 void kvcache(const KvcacheParams& params, Executor& executor) {
+  const Kernels& kernels = selected_kernels();
   std::vector<CacheSequence> sequences;
   bool whole =
       !params.pages && params.groups == 1 && params.rows == params.B;  // rows in order, each from its first position
@@ -267,14 +202,11 @@ void kvcache(const KvcacheParams& params, Executor& executor) {
   const int64_t work = static_cast<int64_t>(params.T) * params.K * params.G * params.H;
   parallel_for(executor, 1 + params.B * work / (1 << 16), params.B, 0, [&](int64_t task, void*) {
     const auto b = static_cast<int32_t>(task);
-    with_element(params.dtype, [&](auto element) {
-      using Element = decltype(element);
-      append<Element>(params, b, sequences[b]);
-      if (rotated) rotate_queries(params, b, sequences[b], reinterpret_cast<Element*>(rotated.get()));
-    });
+    append(params, kernels, b, sequences[b]);
+    if (rotated) rotate_queries(params, kernels, b, sequences[b], rotated.get());
   });
   const void* q = rotated ? rotated.get() : params.q;
-  if (params.pages && static_cast<int64_t>(params.T) * params.G <= selected_kernels().few_rows) {
+  if (params.pages && static_cast<int64_t>(params.T) * params.G <= kernels.few_rows) {
     attend_to_pages(params, sequences, q, executor);
     return;
   }

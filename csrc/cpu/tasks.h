@@ -47,6 +47,16 @@ struct BackwardTask {
   int64_t key_block;
 };
 
+// Of one head, elements [0, 2 * half) of x turned by the angles whose cosines and sines these are; written to y.
+struct RotaryTask {
+  const void* x;
+  void* y;
+  const void *cos, *sin;  // [half]
+  int64_t half;
+  bool float_tables;  // else cos and sin have the dtype of x
+  bool interleaved;   // pairs (0, 1), (2, 3), ...; else (i, i + half)
+};
+
 struct Kernels {
   const char* name;
 
@@ -64,6 +74,8 @@ struct Kernels {
   // Tasks of one (b, kh) add to dq in the order of their key blocks and wait for each other there: whoever runs them
   // starts them in that order.
   void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);
+
+  void (*rotate)(DType, const RotaryTask&);
 };
 
 namespace avx512bf16 {

@@ -4,6 +4,7 @@
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
+#include "cpu/kernels/rotary.h"
 
 #define JAX_FLASH_STRING_OF(name) #name
 #define JAX_FLASH_STRING(name) JAX_FLASH_STRING_OF(name)
@@ -63,6 +64,10 @@ static void backward(const BackwardParams& params, const BackwardTask& task, voi
   with_type(params.dtype, [&](auto element) { backward_keys_task<decltype(element)>(params, task, scratch); });
 }
 
+static void rotate(DType dtype, const RotaryTask& task) {
+  with_type(dtype, [&](auto element) { rotate_head<decltype(element)>(task); });
+}
+
 const Kernels kKernels = {JAX_FLASH_STRING(JAX_FLASH_ISA),
                           kFewRows,
                           forward_scratch,
@@ -72,6 +77,7 @@ const Kernels kKernels = {JAX_FLASH_STRING(JAX_FLASH_ISA),
                           backward_row_block,
                           backward_key_block,
                           prepare,
-                          backward};
+                          backward,
+                          rotate};
 
 }  // namespace jax_flash::cpu::JAX_FLASH_ISA

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -19,6 +20,8 @@ struct FreeScratch {
   void operator()(void* scratch) const { ::operator delete(scratch, kScratchAlignment); }
 };
 
+using Scratch = std::unique_ptr<void, FreeScratch>;
+
 // Outlives the call where a helper starts late; by then no task is left and work is not touched.
 struct Loop {
   int64_t count;
@@ -26,14 +29,14 @@ struct Loop {
   const std::function<void(int64_t, void*)>* work;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // what the first task to fail threw; written before failed is set, read when all are done
   std::mutex mutex;
   std::condition_variable all_done;
 
-  void run() {
-    std::unique_ptr<void, FreeScratch> scratch;
+  void run(void* scratch) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      if (!scratch && scratch_bytes > 0) scratch.reset(::operator new(scratch_bytes, kScratchAlignment));
-      (*work)(task, scratch.get());
+      if (!failed.load(std::memory_order_relaxed)) run_task(task, scratch);
       if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
         std::lock_guard<std::mutex> lock(mutex);
         all_done.notify_one();
@@ -41,9 +44,31 @@ struct Loop {
     }
   }
 
+  // On a thread other than the caller's. One that has no memory takes no task: the others do them.
+  void help() {
+    if (next.load(std::memory_order_relaxed) >= count) return;
+    Scratch scratch;
+    if (scratch_bytes > 0) {
+      scratch.reset(::operator new(scratch_bytes, kScratchAlignment, std::nothrow));
+      if (!scratch) return;
+    }
+    run(scratch.get());
+  }
+
   void wait() {
     std::unique_lock<std::mutex> lock(mutex);
     all_done.wait(lock, [this] { return done.load(std::memory_order_acquire) == count; });
+  }
+
+ private:
+  void run_task(int64_t task, void* scratch) {
+    try {
+      (*work)(task, scratch);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+      failed.store(true, std::memory_order_relaxed);
+    }
   }
 };
 
@@ -51,14 +76,21 @@ struct Loop {
 
 void parallel_for(Executor& executor, int64_t max_workers, int64_t count, int64_t scratch_bytes,
                   const std::function<void(int64_t, void*)>& work) {
-  auto loop = std::make_shared<Loop>();
+  if (count <= 0) return;
+  // What the caller needs comes first: where it is not to be had, nothing has begun.
+  const auto loop = std::make_shared<Loop>();
+  const Scratch scratch(scratch_bytes > 0 ? ::operator new(scratch_bytes, kScratchAlignment) : nullptr);
   loop->count = count;
   loop->scratch_bytes = scratch_bytes;
   loop->work = &work;
   const int64_t workers = std::min({executor.num_threads(), max_workers, count});
-  for (int64_t i = 1; i < workers; ++i) executor.schedule([loop] { loop->run(); });
-  loop->run();
+  try {
+    for (int64_t i = 1; i < workers; ++i) executor.schedule([loop] { loop->help(); });
+  } catch (...) {  // With fewer helpers, then: those that were scheduled still use this call's plan.
+  }
+  loop->run(scratch.get());
   loop->wait();
+  if (loop->error) std::rethrow_exception(loop->error);
 }
 
 void wait_for_turn(const int32_t* turn, int32_t wanted) {

@@ -64,6 +64,12 @@ int64_t worthwhile_workers(const Shape& shape, int64_t rows, int64_t keys) {
   return 1 + static_cast<int64_t>(std::min(elements * rows / 500e3 + elements / 50e3, 4096.0));
 }
 
+int64_t rows_of_task(int64_t rows, int64_t heads, int64_t H, int64_t wanted) {
+  const int64_t most = std::max(kMinRows, kRowBytes / (8 * H) / kRowUnit * kRowUnit);
+  const int64_t task_rows = std::clamp(align_up(div_up(heads * rows, wanted), kRowUnit), kMinRows, most);
+  return align_up(div_up(rows, div_up(rows, task_rows)), kRowUnit);
+}
+
 ForwardPlan plan_forward(const ForwardParams& params, const Kernels& kernels, int64_t threads) {
   const Shape& shape = params.shape;
   const int64_t rows = shape.T * shape.G;
@@ -77,8 +83,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const Kernels& kernels, in
 
   ForwardPlan plan;
   plan.workers = threads = std::min(threads, worthwhile_workers(shape, rows, (all_keys + shape.B - 1) / shape.B));
-  // Four tasks a thread even out their lengths.
-  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t wanted = wanted_tasks(threads);
   int64_t task_rows = rows, task_heads = 1;
   if (few) {
     // Pieces of keys first: a task that takes all heads reads memory in order.
@@ -86,10 +91,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const Kernels& kernels, in
     task_heads =
         units >= threads ? shape.K : div_up(shape.K, std::min(shape.K, div_up(threads, std::max<int64_t>(units, 1))));
   } else {
-    const int64_t most = std::max(kMinRows, kRowBytes / (8 * shape.H) / kRowUnit * kRowUnit);
-    task_rows = align_up(div_up(shape.B * shape.K * rows, wanted), kRowUnit);
-    task_rows = std::min(std::max(task_rows, kMinRows), most);
-    task_rows = align_up(div_up(rows, div_up(rows, task_rows)), kRowUnit);
+    task_rows = rows_of_task(rows, shape.B * shape.K, shape.H, wanted);
   }
   const int64_t blocks = div_up(rows, task_rows), groups = div_up(shape.K, task_heads);
   const int64_t whole = std::max<int64_t>(1, shape.B * groups * blocks);

@@ -1,6 +1,6 @@
 # Declares jax_flash_cpu. Every file kernels_<set>.cc is the same source compiled for one instruction set, of which one is
 # chosen at run time; the portable one is built everywhere.
-set(cpu_sources launch.cc kvcache.cc parallel.cc plan.cc kernels_portable.cc)
+set(cpu_sources launch.cc kvcache.cc pages.cc parallel.cc plan.cc kernels_portable.cc)
 
 # -O3 in every build type: the kernels rely on loops being unrolled. -Wpsabi is about vectors that cross a library's
 # boundary; these do not.

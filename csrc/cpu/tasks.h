@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/launch.h"
+#include "kvcache_params.h"
 #include "mask.h"
 
 namespace jax_flash::cpu {
@@ -24,6 +25,7 @@ struct ForwardTask {
   // Null: the task sees all keys of its rows and writes o and lse. Else it writes its share of each row here, for
   // combine(): [kh_end - kh_begin, row_end - row_begin, partial_stride(H)] floats.
   float* partial;
+  bool resume = false;  // partial holds a share already, of other keys, and this task's are added to it
 };
 
 // An unnormalised row of o, then its maximum (base 2) and its sum.
@@ -57,25 +59,26 @@ struct RotaryTask {
   bool interleaved;   // pairs (0, 1), (2, 3), ...; else (i, i + half)
 };
 
+// They allocate nothing and throw nothing.
 struct Kernels {
   const char* name;
 
   // A task of at most this many rows takes all KV heads in one pass over the keys; it wants them together.
   int64_t few_rows;
   // Bytes of scratch for a task with this many KV heads and rows.
-  int64_t (*forward_scratch)(const ForwardParams&, int64_t heads, int64_t rows);
-  void (*forward)(const ForwardParams&, const ForwardTask&, void* scratch);
-  void (*combine)(const ForwardParams&, const CombineTask&);
+  int64_t (*forward_scratch)(const ForwardParams&, int64_t heads, int64_t rows) noexcept;
+  void (*forward)(const ForwardParams&, const ForwardTask&, void* scratch) noexcept;
+  void (*combine)(const ForwardParams&, const CombineTask&) noexcept;
 
-  int64_t (*backward_scratch)(const BackwardParams&);
-  int64_t (*backward_row_block)(const BackwardParams&);
-  int64_t (*backward_key_block)(const BackwardParams&);
-  void (*prepare)(const BackwardParams&, const PrepareTask&);
+  int64_t (*backward_scratch)(const BackwardParams&) noexcept;
+  int64_t (*backward_row_block)(const BackwardParams&) noexcept;
+  int64_t (*backward_key_block)(const BackwardParams&) noexcept;
+  void (*prepare)(const BackwardParams&, const PrepareTask&) noexcept;
   // Tasks of one (b, kh) add to dq in the order of their key blocks and wait for each other there: whoever runs them
   // starts them in that order.
-  void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);
+  void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch) noexcept;
 
-  void (*rotate)(DType, const RotaryTask&);
+  void (*rotate)(DType, const RotaryTask&) noexcept;
 };
 
 namespace avx512bf16 {
@@ -94,9 +97,10 @@ extern const Kernels kKernels;
 // The machine's best.
 const Kernels& selected_kernels();
 
-// A call with a given table: the public entries of launch.h take the machine's best.
+// A call with a given table: the public entries of launch.h and kvcache.h take the machine's best.
 void forward(const ForwardParams& params, Executor& executor, const Kernels& kernels);
 void backward(const BackwardParams& params, Executor& executor, const Kernels& kernels);
+void kvcache(const KvcacheParams& params, Executor& executor, const Kernels& kernels);
 
 // Returns once *turn is at least wanted; what was written before it was set is then visible.
 void wait_for_turn(const int32_t* turn, int32_t wanted);

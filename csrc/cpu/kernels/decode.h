@@ -271,7 +271,8 @@ static inline void forward_few_rows(const ForwardParams& params, const ForwardTa
   using Words = typename WordsOf<T>::Type;
   const int64_t H = params.shape.H, rows = task.row_end - task.row_begin, heads = task.kh_end - task.kh_begin;
   const DecodeScratch s = cut_decode<Words>(scratch, heads, rows, H);
-  clear(s.state, heads * rows);
+  const int64_t cols = round_up(H, kLanes), stride = partial_stride(H);
+  start(task, task.partial, stride, heads * rows, cols, s.state);
   for (int64_t head = 0; head < heads; ++head) {
     const Sequence seq = make_sequence(params, task.b, task.kh_begin + head);
     const int64_t valid_end = task.row_end < seq.valid_rows() ? task.row_end : seq.valid_rows();
@@ -294,14 +295,13 @@ static inline void forward_few_rows(const ForwardParams& params, const ForwardTa
       }
     }
   }
-  const int64_t stride = partial_stride(H);
+  if (task.partial) {
+    write_partial(task.partial, stride, heads * rows, cols, s.state);
+    return;
+  }
   for (int64_t head = 0; head < heads; ++head) {
-    const RowState state = state_at(s.state, head * rows);
-    if (task.partial) {
-      write_partial(task.partial + head * rows * stride, stride, rows, round_up(H, kLanes), state);
-    } else {
-      write_rows<T>(params, make_sequence(params, task.b, task.kh_begin + head), task.row_begin, rows, state);
-    }
+    const Sequence seq = make_sequence(params, task.b, task.kh_begin + head);
+    write_rows<T>(params, seq, task.row_begin, rows, state_at(s.state, head * rows));
   }
 }
 

@@ -63,7 +63,9 @@ static inline void forward_head(const ForwardParams& params, const ForwardTask& 
   const Sequence seq = make_sequence(params, task.b, kh);
   const int64_t H = params.shape.H, block = forward_key_block(H), rows = task.row_end - task.row_begin;
   const int64_t valid_end = task.row_end < seq.valid_rows() ? task.row_end : seq.valid_rows();
-  clear(s.state, rows);
+  const int64_t cols = round_up(H, kLanes), stride = partial_stride(H);
+  float* partial = task.partial ? task.partial + (kh - task.kh_begin) * rows * stride : nullptr;
+  start(task, partial, stride, rows, cols, s.state);
   if (task.row_begin < valid_end) {
     pack_rows(s.q, s.ld_q, seq.queries<T>(params.q), task.row_begin, valid_end, H);
     const BlockRange range =
@@ -89,9 +91,8 @@ static inline void forward_head(const ForwardParams& params, const ForwardTask& 
       }
     }
   }
-  if (task.partial) {
-    const int64_t stride = partial_stride(H);
-    write_partial(task.partial + (kh - task.kh_begin) * rows * stride, stride, rows, round_up(H, kLanes), s.state);
+  if (partial) {
+    write_partial(partial, stride, rows, cols, s.state);
   } else {
     write_rows<T>(params, seq, task.row_begin, rows, s.state);
   }

@@ -24,7 +24,7 @@ JAX_FLASH_INLINE auto with_type(DType dtype, F f) {
   }
 }
 
-static int64_t forward_scratch(const ForwardParams& params, int64_t heads, int64_t rows) {
+static int64_t forward_scratch(const ForwardParams& params, int64_t heads, int64_t rows) noexcept {
   return with_type(params.dtype, [&](auto element) {
     using Words = typename WordsOf<decltype(element)>::Type;
     return rows <= kFewRows ? cut_decode<Words>(nullptr, heads, rows, params.shape.H).bytes
@@ -32,7 +32,7 @@ static int64_t forward_scratch(const ForwardParams& params, int64_t heads, int64
   });
 }
 
-static void forward(const ForwardParams& params, const ForwardTask& task, void* scratch) {
+static void forward(const ForwardParams& params, const ForwardTask& task, void* scratch) noexcept {
   with_type(params.dtype, [&](auto element) {
     if (task.row_end - task.row_begin <= kFewRows) {
       forward_few_rows<decltype(element)>(params, task, scratch);
@@ -42,29 +42,29 @@ static void forward(const ForwardParams& params, const ForwardTask& task, void* 
   });
 }
 
-static void combine(const ForwardParams& params, const CombineTask& task) {
+static void combine(const ForwardParams& params, const CombineTask& task) noexcept {
   with_type(params.dtype, [&](auto element) { combine_row<decltype(element)>(params, task); });
 }
 
-static int64_t backward_scratch(const BackwardParams& params) {
+static int64_t backward_scratch(const BackwardParams& params) noexcept {
   return with_type(params.dtype, [&](auto element) {
     return cut_backward<typename WordsOf<decltype(element)>::Type>(nullptr, params.shape.H).bytes;
   });
 }
 
-static int64_t backward_row_block(const BackwardParams&) { return kBackwardRows; }
+static int64_t backward_row_block(const BackwardParams&) noexcept { return kBackwardRows; }
 
-static int64_t backward_key_block(const BackwardParams& params) { return backward_keys(params.shape.H); }
+static int64_t backward_key_block(const BackwardParams& params) noexcept { return backward_keys(params.shape.H); }
 
-static void prepare(const BackwardParams& params, const PrepareTask& task) {
+static void prepare(const BackwardParams& params, const PrepareTask& task) noexcept {
   with_type(params.dtype, [&](auto element) { prepare_rows<decltype(element)>(params, task); });
 }
 
-static void backward(const BackwardParams& params, const BackwardTask& task, void* scratch) {
+static void backward(const BackwardParams& params, const BackwardTask& task, void* scratch) noexcept {
   with_type(params.dtype, [&](auto element) { backward_keys_task<decltype(element)>(params, task, scratch); });
 }
 
-static void rotate(DType dtype, const RotaryTask& task) {
+static void rotate(DType dtype, const RotaryTask& task) noexcept {
   with_type(dtype, [&](auto element) { rotate_head<decltype(element)>(task); });
 }
 

@@ -106,6 +106,25 @@ static inline void write_partial(float* partial, int64_t stride, int64_t n, int6
   }
 }
 
+static inline void read_partial(const float* partial, int64_t stride, int64_t n, int64_t cols, RowState state) {
+  for (int64_t r = 0; r < n; ++r) {
+    const float* in = partial + r * stride;
+    for (int64_t c = 0; c < cols; c += kLanes) store(state.o + r * state.ld + c, load(in + c));
+    state.max[r] = in[stride - 16];
+    state.sum[r] = in[stride - 15];
+  }
+}
+
+// The state that a task's rows begin with; partial is the task's for these rows.
+static inline void start(const ForwardTask& task, const float* partial, int64_t stride, int64_t n, int64_t cols,
+                         RowState state) {
+  if (task.resume) {
+    read_partial(partial, stride, n, cols, state);
+  } else {
+    clear(state, n);
+  }
+}
+
 // The shares of a row, computed by several tasks, become one.
 template <class T>
 static inline void combine_row(const ForwardParams& params, const CombineTask& task) {

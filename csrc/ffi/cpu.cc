@@ -11,9 +11,10 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                    ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::AnyBuffer> lse, ffi::Dictionary attrs) {
   const auto params = decode_forward(q, k, v, rest, *o, *lse, attrs);
   if (!params.has_value()) return params.error();
-  XlaExecutor executor(pool);
-  cpu::forward(params.value(), executor);
-  return ffi::Error::Success();
+  const ForwardParams& p = params.value();
+  return run_on(
+      pool, [&](cpu::Executor& executor) { cpu::forward(p, executor); },
+      [&] { return "jax_flash forward (" + describe(p.dtype, p.shape) + ")"; });
 }
 
 ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer o,
@@ -22,9 +23,10 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ff
                     ffi::Result<ffi::AnyBuffer> workspace, ffi::Dictionary attrs) {
   const auto params = decode_backward({q, k, v, o, lse, d_o, *dq, *dk, *dv, *workspace}, rest, attrs);
   if (!params.has_value()) return params.error();
-  XlaExecutor executor(pool);
-  cpu::backward(params.value(), executor);
-  return ffi::Error::Success();
+  const BackwardParams& p = params.value();
+  return run_on(
+      pool, [&](cpu::Executor& executor) { cpu::backward(p, executor); },
+      [&] { return "jax_flash backward (" + describe(p.dtype, p.shape) + ")"; });
 }
 
 }  // namespace

@@ -17,9 +17,9 @@ ffi::Error kvcache(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_cach
   const KvcacheCall& call = decoded.value();
   if (call.k_from) std::memcpy(call.params.k_cache, call.k_from, call.cache_bytes);
   if (call.v_from) std::memcpy(call.params.v_cache, call.v_from, call.cache_bytes);
-  XlaExecutor executor(pool);
-  cpu::kvcache(call.params, executor);
-  return ffi::Error::Success();
+  return run_on(
+      pool, [&](cpu::Executor& executor) { cpu::kvcache(call.params, executor); },
+      [&] { return "jax_flash kvcache (" + describe(call.params) + ")"; });
 }
 
 }  // namespace

@@ -52,7 +52,12 @@ def attention(
     multi-query, between them grouped-query.
 
     With q_lengths t and kv_lengths s (T and S where not given), query i < t may see key j < s. A query that sees no key
-    has output 0, log-sum-exp -inf and gradients 0.
+    has output 0, log-sum-exp -inf and gradients 0, whatever its cotangents are.
+
+    Scores of NaN and infinity stay in their row: a query that sees a score of NaN or +inf has NaN for its output and
+    log-sum-exp, as in a softmax that subtracts the maximum; a key whose score is -inf counts as not seen. (A value of v
+    that is not finite is multiplied by 0 for a query that a mask, causal or a window hides it from, and so may make it
+    NaN; one that kv_lengths hides is not.)
 
     It works under jit, grad, vmap, scan, shard_map and export. Under jit on a mesh, each device computes its part of
     the batch and of the KV heads, without communication. (Where query heads are split over more devices than there are

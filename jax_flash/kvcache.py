@@ -71,8 +71,8 @@ def flash_attn_with_kvcache(
     new tokens past the capacity (S, or max_pages * page_size) are neither written nor seen; a sequence whose
     cache_batch_idx names no row of the cache has an empty one; entries of block_table outside [0, num_pages) are
     pages of zeros, and what would be written to them is dropped; cache_leftpad is clamped to [0, s]; positions past
-    the rotary tables take their last row. A query that sees nothing has output 0 and log-sum-exp -inf. Two sequences
-    may share pages that neither of them writes to.
+    the rotary tables take their last row. A query that sees nothing has output 0 and log-sum-exp -inf; scores of
+    NaN or infinity do what they do in `attention`. Two sequences may share pages that neither of them writes to.
 
     It works under jit, vmap, scan, while_loop and shard_map, and under jit on a mesh of devices runs on its own part
     of the batch and of the KV heads (contiguous caches without cache_batch_idx; use jax.shard_map for the others). It

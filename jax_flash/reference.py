@@ -74,19 +74,25 @@ def visible_keys(T, S, left, right, q_lengths=None, kv_lengths=None) -> jax.Arra
 
 
 def _softmax_attention(q, k, v, visible, softmax_scale, softcap):
-    """Logical order: q (*batch, K, G, T, H), k and v (*batch, K, S, H); returns out like q and the LSE (..., G, T)."""
+    """Logical order: q (*batch, K, G, T, H), k and v (*batch, K, S, H); returns out like q and the LSE (..., G, T).
+
+    A query that sees a score of NaN or +inf has NaN for its output and LSE, as in a float32 softmax that subtracts the
+    maximum. A key whose score is -inf has probability 0, and a query all of whose scores are -inf, since no key is
+    visible or by their values, has output 0 and LSE -inf, and gradients 0 whatever its cotangents are.
+    """
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     score = product("...kgth,...ksh->...kgts", q, k).astype(jnp.float32) * softmax_scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
     score = jnp.where(jnp.broadcast_to(visible, score.shape), score, -jnp.inf)
     highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf))
-    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # not +inf and NaN: subtracted, they make the row NaN
     p = jnp.exp(score - highest)
     total = jnp.sum(p, axis=-1, keepdims=True)
-    sees_any = total > 0
+    sees_any = total != 0
     total = jnp.where(sees_any, total, 1.0)
     out = product("...kgts,...ksh->...kgth", (p / total).astype(v.dtype), v)
+    out = jnp.where(sees_any, out, 0.0)  # it is 0 already, but for its gradient and for 0 * NaN
     lse = jnp.where(sees_any, highest + jnp.log(total), -jnp.inf)
     return out, lse[..., 0]
 

@@ -49,13 +49,14 @@ void backward(const BackwardParams& params, Executor& executor, const Kernels& k
   if (heads == 0) return;
   const int64_t workers = std::min(executor.num_threads(), worthwhile_workers(shape, rows, shape.S));
 
-  // Some 800 rows a task: reading o and d_o is all they do.
+  // Some 800 rows a task: reading o and d_o is all they do as a rule.
   const int64_t row_blocks = (rows + kernels.backward_row_block(params) - 1) / kernels.backward_row_block(params);
   constexpr int64_t kBlocksPerTask = 8;
   const int64_t ranges = (row_blocks + kBlocksPerTask - 1) / kBlocksPerTask;
-  parallel_for(executor, workers, heads * ranges, 0, [&](int64_t task, void*) {
+  parallel_for(executor, workers, heads * ranges, kernels.prepare_scratch(params), [&](int64_t task, void* memory) {
     const int64_t head = task / ranges, begin = task % ranges * kBlocksPerTask;
-    kernels.prepare(params, {head / shape.K, head % shape.K, begin, std::min(begin + kBlocksPerTask, row_blocks)});
+    const int64_t end = std::min(begin + kBlocksPerTask, row_blocks);
+    kernels.prepare(params, {head / shape.K, head % shape.K, begin, end}, memory);
   });
 
   // Heads side by side, so that the key blocks of one, which take turns, are far apart.

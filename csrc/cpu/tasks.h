@@ -73,7 +73,8 @@ struct Kernels {
   int64_t (*backward_scratch)(const BackwardParams&) noexcept;
   int64_t (*backward_row_block)(const BackwardParams&) noexcept;
   int64_t (*backward_key_block)(const BackwardParams&) noexcept;
-  void (*prepare)(const BackwardParams&, const PrepareTask&) noexcept;
+  int64_t (*prepare_scratch)(const BackwardParams&) noexcept;
+  void (*prepare)(const BackwardParams&, const PrepareTask&, void* scratch) noexcept;
   // Tasks of one (b, kh) add to dq in the order of their key blocks and wait for each other there: whoever runs them
   // starts them in that order.
   void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch) noexcept;

@@ -48,14 +48,13 @@ static inline BackwardScratch cut_backward(void* base, int64_t H) {
   return s;
 }
 
-// What one strip of rows leaves for the products over rows and over keys. lse is in base 2; it is +inf where the
-// forward saw nothing, which makes every probability 0.
+// What one strip of rows leaves for the products over rows and over keys. A reference of +inf, where the forward saw
+// nothing, makes every probability 0.
 template <class Words>
 static __attribute__((noinline)) void differentiate_strip(const BackwardScratch& s, int64_t strip, int64_t rows,
-                                                          Columns columns, const float* lse, const float* delta,
-                                                          float softcap, int64_t keys) {
+                                                          Columns columns, const float* reference, const float* delta,
+                                                          float base2, bool capped, int64_t keys) {
   constexpr int kPair = Words::kPair;
-  const float to_tanh = softcap > 0 ? 1.0f / (softcap * kLog2E) : 0.0f;
   for (int64_t r = 0; r < rows; r += kPair) {
     float* p_zip = s.p_zip + (strip + r) / kPair * s.ld_keys;
     float* ds_zip = s.ds_zip + (strip + r) / kPair * s.ld_keys;
@@ -76,11 +75,10 @@ static __attribute__((noinline)) void differentiate_strip(const BackwardScratch&
         for (int v = 0; v < kTileVecs; ++v) {
           const int64_t at = (r + i) * s.ld_keys + c + v * kLanes;
           const Vec score = load(s.scores + at);
-          p[i][v] = exp2(score - splat(lse[r + i]));
+          p[i][v] = exp2(fma(score, splat(base2), splat(-reference[r + i])));
           ds[i][v] = p[i][v] * (load(s.dp + at) - splat(delta[r + i]));
-          if (softcap > 0) {
-            const Vec t = score * splat(to_tanh);
-            ds[i][v] = score == splat(-kInfinity) ? splat(0) : ds[i][v] * (splat(1.0f) - t * t);
+          if (capped) {  // The score is its tanh.
+            ds[i][v] = score == splat(-kInfinity) ? splat(0) : ds[i][v] * (splat(1.0f) - score * score);
           }
         }
         if (kPair > 1) Words::store_row_words(s.ds + (strip + r + i) * s.ld_ds + c / kPair, ds[i][0], ds[i][1]);
@@ -103,6 +101,8 @@ static inline void differentiate_rows(const BackwardParams& params, const Sequen
   constexpr int kPair = Words::kPair;
   const int64_t H = params.shape.H, words = word_count<Words>(H), cols = round_up(H, kLanes);
   const int64_t padded = round_up(n, kTileCols);
+  const ScoreUnits units = score_units(params.score);
+  const bool capped = params.score.softcap > 0;
   const Rows<T> q = seq.queries<T>(params.q), d_o = seq.queries<T>(params.d_o);
   bool full = true;
   for (int64_t strip = 0; strip < rows; strip += kTileRows) {
@@ -117,13 +117,13 @@ static inline void differentiate_rows(const BackwardParams& params, const Sequen
     full = full && width == padded;
     multiply<Words, ALayout::kByRow, Result::kStore>(count, width, words, s.q + strip * s.ld_words, s.ld_words,
                                                      s.k_t + columns.begin, s.ld_keys, s.scores + columns.begin,
-                                                     s.ld_keys, score_factor(params.score));
+                                                     s.ld_keys, units.product);
     multiply<Words, ALayout::kByRow, Result::kStore>(count, width, words, s.d_o + strip * s.ld_words, s.ld_words,
                                                      s.v_t + columns.begin, s.ld_keys, s.dp + columns.begin, s.ld_keys);
-    if (params.score.softcap > 0) cap_scores(params.score.softcap, count, columns, s.scores, s.ld_keys);
+    if (capped) cap_scores(count, columns, s.scores, s.ld_keys);
     if (columns.masked) mask_scores(seq, row + strip, count, key, columns, s.scores, s.ld_keys);
-    differentiate_strip<Words>(s, strip, count, columns, statistics.lse + row + strip, statistics.delta + row + strip,
-                               params.score.softcap, padded);
+    differentiate_strip<Words>(s, strip, count, columns, statistics.reference + row + strip,
+                               statistics.delta + row + strip, units.base2, capped, padded);
   }
   // Where the band cuts the tile, tiles of keys skip the rows that do not see them.
   const int64_t key_step = full ? n : 2 * kTileRows;
@@ -145,9 +145,42 @@ static inline void differentiate_rows(const BackwardParams& params, const Sequen
   }
 }
 
+// Row r of a packed block becomes zeros: it is one half of the words that zip it.
+template <class Words>
+static inline void drop_row(const BackwardScratch& s, int64_t r, int64_t H) {
+  zero_row(s.q + r * s.ld_words, word_count<Words>(H));
+  zero_row(s.d_o + r * s.ld_words, word_count<Words>(H));
+  if constexpr (Words::kPair > 1) {
+    const UVec other = splat_bits(r % 2 ? 0x0000ffffu : 0xffff0000u);
+    for (float* zip : {s.q_zip + r / 2 * s.ld_h, s.d_o_zip + r / 2 * s.ld_h}) {
+      for (int64_t h = 0; h < H; h += kLanes) store(zip + h, from_bits(bits(load(zip + h)) & other));
+    }
+  }
+}
+
+// Rows of a packed block that see no key are dropped, whatever they hold: it may be NaN, and 0 * NaN is not 0. Rows
+// whose probabilities are off by a factor (see normalise_block) have dO divided by it.
+template <class T>
+static __attribute__((noinline)) void weigh_rows(const BackwardParams& params, const Sequence& seq,
+                                                 const BackwardScratch& s, const RowStatistics& statistics, int64_t row,
+                                                 int64_t rows) {
+  const int64_t H = params.shape.H;
+  const uint8_t weighed = statistics.weighed[row / kBackwardRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    if (statistics.reference[row + r] == kInfinity) {
+      drop_row<typename WordsOf<T>::Type>(s, r, H);
+    } else if constexpr (sizeof(T) == 4) {
+      if (!(weighed & kNormalised)) continue;
+      const Vec weight = splat(*row_weight(params, seq, row + r));
+      float* d_o = s.d_o + r * s.ld_words;
+      for (int64_t h = 0; h < H; h += kLanes) store(d_o + h, load(d_o + h) * weight);
+    }
+  }
+}
+
 template <class T>
 static inline void pack_backward_rows(const BackwardParams& params, const Sequence& seq, const BackwardScratch& s,
-                                      int64_t row, int64_t rows) {
+                                      const RowStatistics& statistics, int64_t row, int64_t rows) {
   using Words = typename WordsOf<T>::Type;
   const int64_t H = params.shape.H;
   const Rows<T> q = seq.queries<T>(params.q), d_o = seq.queries<T>(params.d_o);
@@ -158,6 +191,7 @@ static inline void pack_backward_rows(const BackwardParams& params, const Sequen
     pack_zipped(s.q_zip, s.ld_h, q, row, row + rows, padded, H);
     pack_zipped(s.d_o_zip, s.ld_h, d_o, row, row + rows, padded, H);
   }
+  if (statistics.weighed[row / kBackwardRows]) weigh_rows<T>(params, seq, s, statistics, row, rows);
 }
 
 // dQ of a block of rows: waits for the key blocks before this one, adds, and writes the result if no other follows.
@@ -190,8 +224,14 @@ static inline void add_dq(const BackwardParams& params, const Sequence& seq, con
     return;
   }
   const Rows<T> out = seq.queries<T>(params.dq);
-  for (int64_t r = 0; r < rows; ++r)
-    store_row(const_cast<T*>(out[row + r]), dq + r * ld, params.score.softmax_scale, H);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* out_row = const_cast<T*>(out[row + r]);
+    if (statistics.reference[row + r] == kInfinity) {
+      zero_row(out_row, H);  // Not 0 * K, which may be NaN.
+    } else {
+      store_row(out_row, dq + r * ld, params.score.softmax_scale, H);
+    }
+  }
 }
 
 template <class T>
@@ -217,7 +257,7 @@ static inline void backward_keys_task(const BackwardParams& params, const Backwa
   zero_row(s.dv, n * s.ld_h);
   for (int64_t row = row_begin; row < row_end; row += kBackwardRows) {
     const int64_t left_rows = seq.valid_rows() - row, rows = left_rows < kBackwardRows ? left_rows : kBackwardRows;
-    pack_backward_rows<T>(params, seq, s, row, rows);
+    pack_backward_rows<T>(params, seq, s, statistics, row, rows);
     differentiate_rows<T>(params, seq, s, statistics, row, rows, key, n);
     add_dq<T>(params, seq, s, statistics, row, rows, task.key_block, n);
   }

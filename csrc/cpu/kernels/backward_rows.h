@@ -1,5 +1,5 @@
-// What backward needs to know of every row before the main pass: lse and delta = rowsum(dO * O) - dlse, and the
-// workspace they live in beside dq's sums and turns.
+// What backward needs to know of every row before the main pass: the LSE, or what takes its place, and delta =
+// rowsum(dO * O) - dlse, and the workspace they live in beside dq's sums and turns.
 #pragma once
 
 #include "cpu/kernels/scratch.h"
@@ -13,12 +13,19 @@ inline constexpr int64_t kBackwardRows = 96;
 // Keys of a tile: with five arrays of keys and four of rows, H wide, it fills about half of a 1 MB second-level cache.
 JAX_FLASH_INLINE int64_t backward_keys(int64_t H) { return H <= 128 ? 128 : 64; }
 
+// Why the rows of a block are not as they were packed: see weigh_rows.
+enum : uint8_t {
+  kUnseen = 1,      // some see no key
+  kNormalised = 2,  // some have a weight
+};
+
 // Of one (b, kh), in the workspace; every row [0, G * T) has a place.
 struct RowStatistics {
-  float* dq;      // [rows, padded_head_dim(H)], unscaled sum
-  float* lse;     // [rows], base 2; +inf for a row that sees no key
-  float* delta;   // [rows]
-  int32_t* turn;  // [row blocks], the key block whose turn it is to add to dq
+  float* dq;         // [rows, padded_head_dim(H)], unscaled sum
+  float* reference;  // [rows], of the probabilities, base 2: the LSE; +inf for a row that sees no key
+  float* delta;      // [rows], times the row's weight
+  int32_t* turn;     // [row blocks], the key block whose turn it is to add to dq
+  uint8_t* weighed;  // [row blocks], 0 as a rule
 };
 
 template <class Params>
@@ -27,9 +34,13 @@ static inline RowStatistics row_statistics(const Params& params, int64_t b, int6
   auto cut = [&](char* base, RowStatistics& statistics) {
     Scratch scratch(base);
     statistics.dq = scratch.take_exactly(rows * padded_head_dim(params.shape.H));
-    statistics.lse = scratch.take_exactly(rows);
+    statistics.reference = scratch.take_exactly(rows);
     statistics.delta = scratch.take_exactly(rows);
-    statistics.turn = reinterpret_cast<int32_t*>(scratch.take_exactly((rows + kBackwardRows - 1) / kBackwardRows));
+    // An int32 and a byte for 96 rows, and what rounding up to lines takes, fit the int32 for 64 rows and the 256 bytes
+    // that the workspace has for them.
+    const int64_t blocks = (rows + kBackwardRows - 1) / kBackwardRows;
+    statistics.turn = reinterpret_cast<int32_t*>(scratch.take_exactly(blocks));
+    statistics.weighed = reinterpret_cast<uint8_t*>(scratch.take_exactly((blocks + 3) / 4));
     return scratch.used;
   };
   RowStatistics statistics;
@@ -44,40 +55,9 @@ JAX_FLASH_INLINE BlockRange row_key_blocks(const Sequence& seq, int64_t row, int
                     static_cast<int32_t>(backward_keys(seq.shape.H)));
 }
 
-template <class T>
-static inline float row_product(const T* a, const T* b, int64_t H) {
-  Vec sum{};
-  int64_t h = 0;
-  for (; h + kLanes <= H; h += kLanes) sum = fma(load_lanes(a + h), load_lanes(b + h), sum);
-  if (h < H) sum = fma(load_first(a + h, H - h), load_first(b + h, H - h), sum);
-  return horizontal_sum(sum);
-}
-
-template <class T>
-static inline void prepare_rows(const BackwardParams& params, const PrepareTask& task) {
-  const Sequence seq = make_sequence(params, task.b, task.kh);
-  const RowStatistics statistics = row_statistics(params, task.b, task.kh);
-  const Rows<T> o = seq.queries<T>(params.o), d_o = seq.queries<T>(params.d_o), dq = seq.queries<T>(params.dq);
-  const int64_t H = params.shape.H, all = params.shape.G * params.shape.T, valid = seq.valid_rows();
-  for (int64_t block = task.row_block_begin; block < task.row_block_end; ++block) {
-    const int64_t begin = block * kBackwardRows, end = begin + kBackwardRows < all ? begin + kBackwardRows : all;
-    const int64_t valid_end = end < valid ? end : valid;
-    const BlockRange range = begin < valid_end ? row_key_blocks(seq, begin, valid_end - begin) : BlockRange{0, 0, 0, 0};
-    statistics.turn[block] = range.begin;
-    for (int64_t row = begin; row < end; ++row) {
-      // A row without a key must not even see its dlse, which may be anything.
-      const float lse = row < valid ? params.lse[seq.statistic(row)] : -kInfinity;
-      const bool seen = lse != -kInfinity;
-      statistics.lse[row] = seen ? lse * kLog2E : kInfinity;
-      statistics.delta[row] = 0;
-      if (seen) {
-        statistics.delta[row] = row_product(o[row], d_o[row], H);
-        if (params.d_lse) statistics.delta[row] -= params.d_lse[seq.statistic(row)];
-      }
-      // No task comes by to write these.
-      if (row >= valid || range.begin == range.end) zero_row(const_cast<T*>(dq[row]), H);
-    }
-  }
+// float32 only: the weight of a row stands where its dq will, until the last of its key blocks writes that.
+JAX_FLASH_INLINE float* row_weight(const BackwardParams& params, const Sequence& seq, int64_t row) {
+  return const_cast<float*>(seq.queries<float>(params.dq)[row]);
 }
 
 }  // namespace jax_flash::cpu::JAX_FLASH_ISA

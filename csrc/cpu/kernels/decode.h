@@ -255,22 +255,25 @@ static inline void decode_block(const ForwardParams& params, const Sequence& seq
                                 int64_t row_begin, int64_t rows, int64_t key, int64_t n, const T* next_k) {
   const int64_t H = params.shape.H, first = head * s.head_rows;
   const RowState state = state_at(s.state, first);
+  const ScoreUnits units = score_units(params.score);
   const Rows<T> k = seq.keys<T>(params.k), v = seq.keys<T>(params.v);
-  decode_scores(s.q + first * s.ld_q, s.ld_q, rows, Stream<T>{k[key], k.stride, n, v[key]}, H,
-                score_factor(params.score), s.scores, s.ld_scores);
+  decode_scores(s.q + first * s.ld_q, s.ld_q, rows, Stream<T>{k[key], k.stride, n, v[key]}, H, units.product, s.scores,
+                s.ld_scores);
   const Columns columns{0, round_up(n, kTileCols), true};
-  if (params.score.softcap > 0) cap_scores(params.score.softcap, rows, columns, s.scores, s.ld_scores);
+  if (params.score.softcap > 0) cap_scores(rows, columns, s.scores, s.ld_scores);
   mask_scores(seq, row_begin, rows, key, columns, s.scores, s.ld_scores);
-  softmax_strip<typename WordsOf<T>::Type>(rows, columns, s.scores, s.ld_scores, s.probabilities, s.ld_scores, state,
-                                           round_up(H, kLanes));
+  softmax_strip<typename WordsOf<T>::Type>(rows, columns, s.scores, s.ld_scores, units.base2, s.probabilities,
+                                           s.ld_scores, state, round_up(H, kLanes));
   decode_values(s.probabilities, s.ld_scores, rows, Stream<T>{v[key], v.stride, n, next_k}, H, state.o, state.ld);
 }
 
 template <class T>
-static inline void forward_few_rows(const ForwardParams& params, const ForwardTask& task, void* scratch) {
+static inline void forward_few_rows(const ForwardParams& params, const ForwardTask& task, void* scratch,
+                                    float headroom = 0) {
   using Words = typename WordsOf<T>::Type;
   const int64_t H = params.shape.H, rows = task.row_end - task.row_begin, heads = task.kh_end - task.kh_begin;
-  const DecodeScratch s = cut_decode<Words>(scratch, heads, rows, H);
+  DecodeScratch s = cut_decode<Words>(scratch, heads, rows, H);
+  s.state.headroom = headroom;
   const int64_t cols = round_up(H, kLanes), stride = partial_stride(H);
   start(task, task.partial, stride, heads * rows, cols, s.state);
   for (int64_t head = 0; head < heads; ++head) {
@@ -294,6 +297,9 @@ static inline void forward_few_rows(const ForwardParams& params, const ForwardTa
         decode_block<T>(params, seq, s, head, task.row_begin, valid_end - task.row_begin, block, end - block, next_k);
       }
     }
+  }
+  if (headroom == 0 && overflowed(heads * rows, cols, s.state)) {
+    return forward_few_rows<T>(params, task, scratch, kHeadroom);
   }
   if (task.partial) {
     write_partial(task.partial, stride, heads * rows, cols, s.state);

@@ -45,26 +45,29 @@ static inline void forward_strip(const ForwardParams& params, const Sequence& se
   const Columns columns = visible_columns(seq, row, rows, key, n);
   if (columns.begin >= columns.end) return;
   const int64_t H = params.shape.H, cols = round_up(H, kLanes), width = columns.end - columns.begin;
+  const ScoreUnits units = score_units(params.score);
   const RowState state = state_at(s.state, row - row_begin);
   multiply<Words, ALayout::kByRow, Result::kStore>(rows, width, word_count<Words>(H), s.q + (row - row_begin) * s.ld_q,
                                                    s.ld_q, s.kt + columns.begin, s.ld_kt, s.scores + columns.begin,
-                                                   s.ld_scores, score_factor(params.score));
-  if (params.score.softcap > 0) cap_scores(params.score.softcap, rows, columns, s.scores, s.ld_scores);
+                                                   s.ld_scores, units.product);
+  if (params.score.softcap > 0) cap_scores(rows, columns, s.scores, s.ld_scores);
   if (columns.masked) mask_scores(seq, row, rows, key, columns, s.scores, s.ld_scores);
-  softmax_strip<Words>(rows, columns, s.scores, s.ld_scores, s.probabilities, s.ld_probabilities, state, cols);
+  softmax_strip<Words>(rows, columns, s.scores, s.ld_scores, units.base2, s.probabilities, s.ld_probabilities, state,
+                       cols);
   const int64_t word = columns.begin / Words::kPair;
   multiply<Words, ALayout::kByRow, Result::kAdd>(rows, cols, width / Words::kPair, s.probabilities + word,
                                                  s.ld_probabilities, s.v + word * s.ld_v, s.ld_v, state.o, state.ld);
 }
 
 template <class T>
-static inline void forward_head(const ForwardParams& params, const ForwardTask& task, int64_t kh,
-                                const ForwardScratch& s) {
+static inline void forward_head(const ForwardParams& params, const ForwardTask& task, int64_t kh, ForwardScratch s,
+                                float headroom = 0) {
   const Sequence seq = make_sequence(params, task.b, kh);
   const int64_t H = params.shape.H, block = forward_key_block(H), rows = task.row_end - task.row_begin;
   const int64_t valid_end = task.row_end < seq.valid_rows() ? task.row_end : seq.valid_rows();
   const int64_t cols = round_up(H, kLanes), stride = partial_stride(H);
   float* partial = task.partial ? task.partial + (kh - task.kh_begin) * rows * stride : nullptr;
+  s.state.headroom = headroom;
   start(task, partial, stride, rows, cols, s.state);
   if (task.row_begin < valid_end) {
     pack_rows(s.q, s.ld_q, seq.queries<T>(params.q), task.row_begin, valid_end, H);
@@ -91,6 +94,7 @@ static inline void forward_head(const ForwardParams& params, const ForwardTask& 
       }
     }
   }
+  if (headroom == 0 && overflowed(rows, cols, s.state)) return forward_head<T>(params, task, kh, s, kHeadroom);
   if (partial) {
     write_partial(partial, stride, rows, cols, s.state);
   } else {

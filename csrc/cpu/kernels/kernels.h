@@ -4,6 +4,7 @@
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
+#include "cpu/kernels/prepare.h"
 #include "cpu/kernels/rotary.h"
 
 #define JAX_FLASH_STRING_OF(name) #name
@@ -56,8 +57,12 @@ static int64_t backward_row_block(const BackwardParams&) noexcept { return kBack
 
 static int64_t backward_key_block(const BackwardParams& params) noexcept { return backward_keys(params.shape.H); }
 
-static void prepare(const BackwardParams& params, const PrepareTask& task) noexcept {
-  with_type(params.dtype, [&](auto element) { prepare_rows<decltype(element)>(params, task); });
+static int64_t prepare_scratch(const BackwardParams& params) noexcept {
+  return params.dtype == DType::kFloat32 ? cut_prepare(nullptr, params.shape.H).bytes : 0;
+}
+
+static void prepare(const BackwardParams& params, const PrepareTask& task, void* scratch) noexcept {
+  with_type(params.dtype, [&](auto element) { prepare_rows<decltype(element)>(params, task, scratch); });
 }
 
 static void backward(const BackwardParams& params, const BackwardTask& task, void* scratch) noexcept {
@@ -76,6 +81,7 @@ const Kernels kKernels = {JAX_FLASH_STRING(JAX_FLASH_ISA),
                           backward_scratch,
                           backward_row_block,
                           backward_key_block,
+                          prepare_scratch,
                           prepare,
                           backward,
                           rotate};

@@ -81,18 +81,28 @@ static __attribute__((noinline)) void mask_scores(const Sequence& seq, int64_t r
   }
 }
 
-// scores hold x = score / softcap and become softcap * log2(e) * tanh(x).
-JAX_FLASH_INLINE void cap_scores(float softcap, int64_t rows, Columns columns, float* scores, int64_t ld) {
+// scores hold score / softcap and become the tanh of it.
+JAX_FLASH_INLINE void cap_scores(int64_t rows, Columns columns, float* scores, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
-      store(scores + r * ld + c, tanh(load(scores + r * ld + c)) * splat(softcap * kLog2E));
+      store(scores + r * ld + c, tanh(load(scores + r * ld + c)));
     }
   }
 }
 
-// What the product q.k is multiplied by: scores are in base 2, or, with softcap, what cap_scores() takes.
-JAX_FLASH_INLINE float score_factor(const ScoreParams& score) {
-  return score.softcap > 0 ? score.softmax_scale / score.softcap : score.softmax_scale * kLog2E;
+// The scores of a strip are q.k times `product`, or the tanh of that where there is a softcap. A probability is 2 to
+// the power of (score * base2 - the row's reference), rounded once: rounded to base 2 first, scores that are large and
+// nearly equal would lose what they differ in. A scale of 0 or less stands in product, so that hidden scores are -inf
+// and the largest score has the largest probability.
+struct ScoreUnits {
+  float product, base2;
+};
+
+JAX_FLASH_INLINE ScoreUnits score_units(const ScoreParams& score) {
+  const float scale = score.softmax_scale;
+  if (score.softcap > 0) return {scale / score.softcap, score.softcap * kLog2E};
+  if (scale == 0) return {0.0f, 1.0f};
+  return {scale > 0 ? 1.0f : -1.0f, (scale > 0 ? scale : -scale) * kLog2E};
 }
 
 }  // namespace jax_flash::cpu::JAX_FLASH_ISA

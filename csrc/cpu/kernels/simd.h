@@ -107,14 +107,15 @@ JAX_FLASH_INLINE float horizontal_sum(Vec v) {
 #endif
 }
 
-// 2^x for x <= 128, within 1.5 ulp; below -126 it is 0. NaN stays NaN.
+// 2^x for x <= 127, within 1.5 ulp; below -127 it is 0. NaN stays NaN.
 JAX_FLASH_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = _mm512_roundscale_ps(_mm512_max_ps(splat(-200.0f), x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = _mm512_max_ps(splat(-200.0f), x) - n;
 #else
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const Vec magic = splat(12582912.0f);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 127 more make it the exponent of 2^n, or of
+  // 0.
+  const Vec magic = splat(12582912.0f + 127.0f);
   const Vec shifted = max(splat(-127.0f), x) + magic;
   const Vec f = max(splat(-127.0f), x) - (shifted - magic);
 #endif
@@ -128,8 +129,7 @@ JAX_FLASH_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
-  const Vec scaled = from_bits(bits(p) + (bits(shifted) << 23));
-  return x < splat(-126.0f) ? splat(0.0f) : scaled;
+  return p * from_bits(bits(shifted) << 23);
 #endif
 }
 

@@ -5,16 +5,25 @@
 
 namespace jax_flash::cpu::JAX_FLASH_ISA {
 
-// What a row has seen so far: its maximum (base 2), the sum of 2^(score - maximum), and o weighted with that.
+// What a row has seen so far: its reference (the maximum in base 2, and headroom), the sum of 2^(score * base2 -
+// reference), and o weighted with that.
+//
+// Special values, as in reference.py: a row that sees a score of NaN or +inf is NaN, o and lse. (In base 2 a score may
+// overflow to +inf that did not before: from 2.3e38 on.) A key whose score is -inf is not seen.
 struct RowState {
   float* max;  // [rows]
   float* sum;  // [rows]
   float* o;    // [rows, ld]
   int64_t ld;
+  // Values near the largest float32 add up to more than that before they are divided by the sum. Rows to which that
+  // happens are computed again with this much above their maxima, and so with probabilities of at most 2^-headroom.
+  float headroom = 0;
 };
 
+inline constexpr float kHeadroom = 32;  // of any number of keys, then, the sum is below 1
+
 JAX_FLASH_INLINE RowState state_at(RowState state, int64_t row) {
-  return {state.max + row, state.sum + row, state.o + row * state.ld, state.ld};
+  return {state.max + row, state.sum + row, state.o + row * state.ld, state.ld, state.headroom};
 }
 
 static inline void clear(RowState state, int64_t rows) {
@@ -25,22 +34,46 @@ static inline void clear(RowState state, int64_t rows) {
   zero_row(state.o, rows * state.ld);
 }
 
+// Whether some o has overflowed, or is infinite or NaN because a value is. Rows whose probabilities are NaN do not
+// count.
+static inline bool overflowed(int64_t rows, int64_t cols, RowState state) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!(state.sum[r] < kInfinity)) continue;
+    Vec zero{};  // NaN where o is not finite
+    for (int64_t c = 0; c < cols; c += kLanes) zero = fma(load(state.o + r * state.ld + c), splat(0.0f), zero);
+    if (horizontal_sum(zero) != 0) return true;
+  }
+  return false;
+}
+
+// A mean of values is at most the largest of them, but o / sum, being rounded, may overflow where o is finite and sum
+// is below 1.
+static inline void keep_finite(float* o, int64_t cols, float sum) {
+  const Vec most = splat(0x1.fffff0p127f * sum);
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const Vec x = load(o + c), magnitude = from_bits(bits(x) & splat_bits(0x7fffffffu));
+    const Vec limit = from_bits(bits(most) | (bits(x) & splat_bits(0x80000000u)));
+    store(o + c, ((magnitude > most) & (magnitude < splat(kInfinity))) ? limit : x);
+  }
+}
+
 // Raises the maxima to those of the scores and scales what was summed below the old ones. Returns in reference what to
-// subtract: the maxima, or 0 for a row that has seen nothing.
-JAX_FLASH_INLINE void raise_maxima(int64_t rows, Columns columns, const float* scores, int64_t ld, RowState state,
-                                   int64_t cols, float* reference) {
+// subtract: the maxima; 0 for a row that has seen nothing, NaN for one that has seen +inf.
+JAX_FLASH_INLINE void raise_maxima(int64_t rows, Columns columns, const float* scores, int64_t ld, float base2,
+                                   RowState state, int64_t cols, float* reference) {
   static_assert(kTileRows <= 16, "the strip's statistics are padded to 16");
   float old_max[16] = {}, new_max[16] = {}, factor[16];
   for (int64_t r = 0; r < rows; ++r) {
     Vec m = load(scores + r * ld + columns.begin);
     for (int64_t c = columns.begin + kLanes; c < columns.end; c += kLanes) m = max(load(scores + r * ld + c), m);
-    const float m_row = horizontal_max(m);
+    const float m_row = horizontal_max(m) * base2 + state.headroom;
     old_max[r] = state.max[r];
     new_max[r] = m_row > old_max[r] ? m_row : old_max[r];
   }
   for (int64_t r = 0; r < 16; r += kLanes) {
     const Vec m = load(new_max + r);
-    const Vec ref = m == splat(-kInfinity) ? splat(0) : m;
+    Vec ref = m == splat(-kInfinity) ? splat(0) : m;
+    ref = m == splat(kInfinity) ? splat(__builtin_nanf("")) : ref;
     store(reference + r, ref);
     store(factor + r, exp2(load(old_max + r) - ref));
   }
@@ -59,16 +92,17 @@ JAX_FLASH_INLINE void raise_maxima(int64_t rows, Columns columns, const float* s
 // buffer.
 template <class Words>
 static __attribute__((noinline)) void softmax_strip(int64_t rows, Columns columns, const float* scores, int64_t ld,
-                                                    float* probabilities, int64_t ld_words, RowState state,
+                                                    float base2, float* probabilities, int64_t ld_words, RowState state,
                                                     int64_t cols) {
   float reference[16];
-  raise_maxima(rows, columns, scores, ld, state, cols, reference);
+  raise_maxima(rows, columns, scores, ld, base2, state, cols, reference);
+  const Vec unit = splat(base2);
   for (int64_t r = 0; r < rows; ++r) {
-    const Vec m = splat(reference[r]);
+    const Vec m = splat(-reference[r]);
     Vec sum_first{}, sum_second{};
     for (int64_t c = columns.begin; c < columns.end; c += 2 * kLanes) {
-      const Vec first = exp2(load(scores + r * ld + c) - m);
-      const Vec second = exp2(load(scores + r * ld + c + kLanes) - m);
+      const Vec first = exp2(fma(load(scores + r * ld + c), unit, m));
+      const Vec second = exp2(fma(load(scores + r * ld + c + kLanes), unit, m));
       sum_first = sum_first + first;
       sum_second = sum_second + second;
       Words::store_row_words(probabilities + r * ld_words + c / Words::kPair, first, second);
@@ -91,6 +125,7 @@ static inline void write_rows(const ForwardParams& params, const Sequence& seq, 
       zero_row(out, seq.shape.H);
       lse = -kInfinity;
     } else {
+      if (state.sum[r] < 1) keep_finite(state.o + r * state.ld, round_up(seq.shape.H, kLanes), state.sum[r]);
       store_row(out, state.o + r * state.ld, 1.0f / state.sum[r], seq.shape.H);
       lse = state.max[r] * kLn2 + __builtin_logf(state.sum[r]);
     }
@@ -125,26 +160,36 @@ static inline void start(const ForwardTask& task, const float* partial, int64_t 
   }
 }
 
+// The sum of a row's shares, in state.
+static inline void add_shares(const CombineTask& task, int64_t cols, int64_t at, RowState state) {
+  clear(state, 1);
+  for (int64_t s = 0; s < task.splits; ++s) {
+    const float share = task.partial[s * task.split_stride + at];
+    state.max[0] = share > state.max[0] ? share : state.max[0];
+  }
+  state.max[0] += state.headroom;
+  for (int64_t s = 0; s < task.splits; ++s) {
+    const float* share = task.partial + s * task.split_stride;
+    if (share[at + 1] == 0) continue;
+    const Vec factor = exp2(splat(share[at] - state.max[0]));
+    state.sum[0] += share[at + 1] * factor[0];
+    for (int64_t c = 0; c < cols; c += kLanes) store(state.o + c, fma(load(share + c), factor, load(state.o + c)));
+  }
+}
+
 // The shares of a row, computed by several tasks, become one.
 template <class T>
 static inline void combine_row(const ForwardParams& params, const CombineTask& task) {
   const Sequence seq = make_sequence(params, task.b, task.kh);
   const int64_t cols = round_up(params.shape.H, kLanes), at = partial_stride(params.shape.H) - 16;
-  float m = -kInfinity, sum = 0;
-  for (int64_t s = 0; s < task.splits; ++s) {
-    const float share = task.partial[s * task.split_stride + at];
-    m = share > m ? share : m;
+  float max, sum, o[256];
+  RowState state{&max, &sum, o, 256};
+  add_shares(task, cols, at, state);
+  if (overflowed(1, cols, state)) {
+    state.headroom = kHeadroom;
+    add_shares(task, cols, at, state);
   }
-  float o[256] = {};
-  for (int64_t s = 0; s < task.splits; ++s) {
-    const float* share =
-        task.partial[s * task.split_stride + at] == -kInfinity ? nullptr : task.partial + s * task.split_stride;
-    if (!share) continue;
-    const Vec factor = exp2(splat(share[at] - m));
-    sum += share[at + 1] * factor[0];
-    for (int64_t c = 0; c < cols; c += kLanes) store(o + c, fma(load(share + c), factor, load(o + c)));
-  }
-  write_rows<T>(params, seq, task.row, 1, RowState{&m, &sum, o, 256});
+  write_rows<T>(params, seq, task.row, 1, state);
 }
 
 }  // namespace jax_flash::cpu::JAX_FLASH_ISA

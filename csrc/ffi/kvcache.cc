@@ -24,7 +24,23 @@ struct Layout {
 };
 
 // The optional operands' bits.
-enum Operand : int { kKNew, kVNew, kLengths, kBatchIndex, kLeftpad, kBlockTable, kCos, kSin };
+enum Operand : int { kKNew, kVNew, kLengths, kBatchIndex, kLeftpad, kBlockTable, kCos, kSin, kOperands };
+
+constexpr int64_t kMostSplits = 4096;  // as kvcache.py has it
+
+// False where the product does not fit int64, as that of an array without elements may not.
+bool product(DimsView dims, int64_t* result) {
+  *result = 1;
+  for (int64_t d : dims) {
+    if (__builtin_mul_overflow(*result, d, result)) return false;
+  }
+  return true;
+}
+
+bool fits(std::initializer_list<int64_t> dims, int64_t most) {
+  int64_t count;
+  return product(DimsView(dims.begin(), dims.size()), &count) && count <= most;
+}
 
 Layout read_layout(Reader& reader, bool time_major, ffi::AnyBuffer q, ffi::AnyBuffer cache) {
   Layout l;
@@ -37,7 +53,7 @@ Layout read_layout(Reader& reader, bool time_major, ffi::AnyBuffer q, ffi::AnyBu
   }
   const size_t at = qd.size() - 5;
   l.vmapped = DimsView(qd.begin(), at);
-  for (int64_t d : l.vmapped) l.groups *= d;
+  if (!product(l.vmapped, &l.groups)) reader.fail("the mapped axes are too large; got q " + to_string(qd));
   l.B = qd[at];
   l.T = qd[at + (l.time_major ? 1 : 3)];
   l.K = qd[at + (l.time_major ? 2 : 1)];
@@ -46,8 +62,14 @@ Layout read_layout(Reader& reader, bool time_major, ffi::AnyBuffer q, ffi::AnyBu
   l.rows = cd[at];
   l.S = cd[at + (l.time_major ? 1 : 2)];
   if (l.H < 1 || l.H > 256) reader.fail("the head dim must lie in [1, 256]; got " + std::to_string(l.H));
-  if (l.groups * l.rows * l.S > INT32_MAX) reader.fail("a cache holds at most 2^31 - 1 positions");
-  if (l.groups * l.B > INT32_MAX || l.T * l.G > kMaxLength || l.K > kMaxLength) reader.fail("a dimension is too large");
+  if (l.K < 1 || l.G < 1) reader.fail("there must be a head; got q " + to_string(qd));
+  if (l.S > kMaxLength) reader.fail("a row of the cache holds at most 2^29 positions; got " + std::to_string(l.S));
+  if (!fits({l.groups, l.rows}, INT32_MAX) || !fits({l.groups, l.rows, l.S}, INT32_MAX)) {
+    reader.fail("a cache holds at most 2^31 - 1 positions; got k_cache " + to_string(cd));
+  }
+  if (!fits({l.groups, l.B}, INT32_MAX) || !fits({l.T, l.G}, kMaxLength) || l.K > kMaxLength) {
+    reader.fail("at most 2^31 - 1 sequences, and 2^29 queries times heads of a KV head; got q " + to_string(qd));
+  }
   return l;
 }
 
@@ -63,6 +85,12 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   const Layout l = read_layout(reader, option(kTimeMajor), b.q, b.k_cache);
   if (!reader.ok()) return ffi::Unexpected(reader.error());
   const auto has = [&](Operand operand) { return (option(kPresent) >> operand & 1) != 0; };
+  if (option(kPresent) >> kOperands != 0) reader.fail("unknown operands are announced");
+  if (has(kBatchIndex) && has(kBlockTable)) reader.fail("batch_index and block_table exclude each other");
+  if (option(kNumSplits) < 0 || option(kNumSplits) > kMostSplits) {
+    reader.fail("num_splits must lie in [0, " + std::to_string(kMostSplits) + "]; got " +
+                std::to_string(option(kNumSplits)));
+  }
   if (has(kKNew) != has(kVNew) || has(kCos) != has(kSin)) {
     reader.fail("k_new and v_new, and cos and sin, come together");
     return ffi::Unexpected(reader.error());
@@ -83,6 +111,7 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.left = option(kLeft);
   p.right = option(kRight);
   p.score = ScoreParams{(*score)[0], (*score)[1]};
+  check_score(reader, p.score);
   p.num_splits = static_cast<int32_t>(option(kNumSplits));
 
   if (const auto k_new = optional(kKNew, "k_new")) {
@@ -108,8 +137,13 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.leftpad = integers(kLeftpad, "leftpad");
   if (const auto table = optional(kBlockTable, "block_table")) {
     const DimsView got = table->dimensions();
-    p.pages = got.size() == 0 ? 0 : static_cast<int32_t>(got.back());
-    if (p.pages < 1 || got.back() * l.S > kMaxLength) reader.fail("block_table names no pages, or too many");
+    const int64_t pages = got.size() == 0 ? 0 : got.back();
+    if (pages < 1 || l.S < 1 || !fits({pages, l.S}, kMaxLength)) {
+      reader.fail("the pages of a sequence must hold 1 to 2^29 positions; got block_table " + to_string(got) +
+                  " and pages of " + std::to_string(l.S));
+      return ffi::Unexpected(reader.error());
+    }
+    p.pages = static_cast<int32_t>(pages);
     reader.expect("block_table", *table, ffi::DataType::S32, l.dims({l.B, p.pages}));
     p.block_table = static_cast<const int32_t*>(table->untyped_data());
   }
@@ -120,15 +154,19 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     r.interleaved = option(kRotaryInterleaved);
     r.per_query = p.left != kUnbounded || p.right != kUnbounded;
     r.per_sequence = !l.time_major;
-    r.dtype = to_dtype(cos->element_type()).value_or(p.dtype);
-    if (got.size() < 2 || got.back() * 2 > l.H || got.back() % 8 != 0 || got[got.size() - 2] < 1) {
+    const std::optional<DType> table_dtype = to_dtype(cos->element_type());
+    if (!table_dtype || (*table_dtype != DType::kFloat32 && *table_dtype != p.dtype)) {
+      reader.fail("the rotary tables must be float32 or as q");
+    }
+    r.dtype = table_dtype.value_or(DType::kFloat32);
+    if (got.size() < 2 || got.back() < 8 || got.back() > l.H / 2 || got.back() % 8 != 0 || got[got.size() - 2] < 1 ||
+        got[got.size() - 2] > INT32_MAX) {
       reader.fail("the rotary tables have the wrong shape " + to_string(got));
       return ffi::Unexpected(reader.error());
     }
     r.dim = static_cast<int32_t>(2 * got.back());
     r.rows = static_cast<int32_t>(got[got.size() - 2]);
     const Dims want = r.per_sequence ? l.dims({l.B, l.K, r.rows, got.back()}) : Dims{r.rows, got.back()};
-    if (r.dtype != DType::kFloat32 && r.dtype != p.dtype) reader.fail("the rotary tables must be float32 or as q");
     reader.expect("cos", *cos, cos->element_type(), want);
     r.cos = cos->untyped_data();
     if (const auto sin = optional(kSin, "sin")) {
@@ -143,7 +181,11 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
   p.k_cache = b.k_cache.untyped_data();
   p.v_cache = b.v_cache.untyped_data();
   KvcacheCall call{};
-  if (p.T_new) {
+  if (caches.size() != (has(kKNew) ? 2 : 0)) {
+    reader.fail("the caches are results where there is a k_new, and only there");
+    return ffi::Unexpected(reader.error());
+  }
+  if (has(kKNew)) {
     auto k_out = caches.get<ffi::AnyBuffer>(0), v_out = caches.get<ffi::AnyBuffer>(1);
     if (!k_out.has_value() || !v_out.has_value()) {
       reader.fail("the updated caches must be results");
@@ -156,6 +198,11 @@ ffi::ErrorOr<KvcacheCall> decode_kvcache(const KvcacheBuffers& b, ffi::Remaining
     p.v_cache = v_result.untyped_data();
     if (p.k_cache != b.k_cache.untyped_data()) call.k_from = b.k_cache.untyped_data();
     if (p.v_cache != b.v_cache.untyped_data()) call.v_from = b.v_cache.untyped_data();
+    // Each result takes its own operand's buffer or a new one.
+    const bool crossed = p.k_cache == b.v_cache.untyped_data() || p.v_cache == b.k_cache.untyped_data();
+    if (b.k_cache.size_bytes() > 0 && (crossed || p.k_cache == p.v_cache)) {
+      reader.fail("k_cache and v_cache may be aliased only to the results of the same names");
+    }
     call.cache_bytes = b.k_cache.size_bytes();
   }
   reader.finish();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -118,10 +119,16 @@ inline DType read_dtype(Reader& reader, ffi::AnyBuffer q) {
   return dtype.value_or(DType::kFloat32);
 }
 
+inline void check_score(Reader& reader, const ScoreParams& score) {
+  if (!std::isfinite(score.softmax_scale)) reader.fail("softmax_scale must be finite");
+  if (!std::isfinite(score.softcap) || score.softcap < 0) reader.fail("softcap must be finite and not negative");
+}
+
 inline ScoreParams read_score(Reader& reader) {
   ScoreParams score;
   score.softmax_scale = reader.attr<float>("softmax_scale");
   score.softcap = reader.attr<float>("softcap");
+  check_score(reader, score);
   return score;
 }
 

@@ -70,7 +70,7 @@ jax_flash_kernels(jax_flash_sm80 "${JAX_FLASH_SM80_ARCHITECTURES}" csrc/cuda/sm8
   csrc/cuda/kvcache/prefill/prefill.cu ${sm80_forward} ${sm80_backward} ${decode})
 jax_flash_kernels(jax_flash_sm90 90a-real csrc/cuda/sm90/forward/launch.cu csrc/cuda/sm90/backward/launch.cu ${sm90_forward} ${sm90_backward})
 
-add_library(jax_flash_cuda STATIC csrc/cuda/kernels.cc csrc/cuda/device.cc)
+add_library(jax_flash_cuda STATIC csrc/cuda/launchers.cc csrc/cuda/device.cc)
 target_include_directories(jax_flash_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(jax_flash_cuda PRIVATE jax_flash_options PUBLIC jax_flash_sm80 jax_flash_sm90)
 set_target_properties(jax_flash_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CUDA CUDA_ARCHITECTURES 80-real)

@@ -1,25 +1,36 @@
-// How much scratch memory a backward call needs. XLA plans it as a result of the call; it arrives uninitialised.
+// How much scratch memory a backward call needs. XLA plans it as a result of the call; it arrives uninitialised. Python
+// has the coefficients as _native.backward_workspace().
 #pragma once
 
 #include "params.h"
 
 namespace jax_flash {
 
-// The head dims that CUDA kernels are built for; a smaller one runs in the next.
-inline int64_t head_dim_bucket(int64_t H) {
-  for (int64_t bucket : {64, 96, 128, 192}) {
-    if (H <= bucket) return bucket;
-  }
-  return 256;
+// The head dims that CUDA's attention kernels are built for; a smaller one runs in the next.
+constexpr int64_t head_dim_bucket(int64_t H) {
+  return H <= 64 ? 64 : H <= 96 ? 96 : H <= 128 ? 128 : H <= 192 ? 192 : 256;
 }
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Bytes for each KV head of each sequence: so many, and so many for each 128 queries of each query head, begun ones
+// counting whole.
+struct BackwardWorkspaceSize {
+  static constexpr int64_t kRows = 128;
+  int64_t per_kv_head, per_rows;
+
+  constexpr int64_t bytes(const Shape& s) const {
+    return s.B * s.K * (per_kv_head + s.G * round_up(s.T, kRows) / kRows * per_rows);
+  }
+};
 
 // Per query head: a float32 dQ accumulator [T', H'], two float32 row statistics [T'] and an int32 for every 64 rows, T'
 // being T rounded up to 128 and H' the bucket. Per KV head 256 bytes more, so that the parts can be aligned.
-inline int64_t backward_workspace_bytes(const Shape& s) {
-  const int64_t rows = round_up(s.T, 128);
-  return s.B * s.K * (256 + s.G * (rows * (head_dim_bucket(s.H) + 2) * 4 + rows / 16));
+constexpr BackwardWorkspaceSize backward_workspace_size(int64_t H) {
+  constexpr int64_t kRows = BackwardWorkspaceSize::kRows;
+  return {256, kRows * (head_dim_bucket(H) + 2) * 4 + kRows / 16};
 }
+
+constexpr int64_t backward_workspace_bytes(const Shape& s) { return backward_workspace_size(s.H).bytes(s); }
 
 }  // namespace jax_flash

@@ -71,18 +71,24 @@ struct Band : DiagonalBand {
   }
 };
 
-// The band of sequence b and KV head kh. What is read on the device is clamped: lengths to [0, T] and [0, S].
-JAX_FLASH_HOST_DEVICE Band make_band(const Shape& shape, const BandParams& params, int64_t b, int64_t kh) {
+// The closed form for sequence b and KV head kh. What is read on the device is clamped: lengths to [0, T] and [0, S].
+JAX_FLASH_HOST_DEVICE DiagonalBand make_diagonal_band(const Shape& shape, const BandParams& params, int64_t b,
+                                                      int64_t kh) {
   const int64_t row = b * shape.K + kh;
   int32_t t = static_cast<int32_t>(shape.T), s = static_cast<int32_t>(shape.S);
   if (params.q_lengths) t = max_i32(0, min_i32(t, params.q_lengths[row]));
   if (params.kv_lengths) s = max_i32(0, min_i32(s, params.kv_lengths[row]));
   int32_t d = params.top_left ? 0 : s - t;
   if (params.diagonal) d = max_i32(-kMaxLength, min_i32(kMaxLength, params.diagonal[row]));
-  Band band{make_diagonal_band(t, s, d, params.left, params.right), nullptr, nullptr};
-  if (params.key_ranges) band.key_ranges = params.key_ranges + row * shape.T * 2;
-  if (params.query_ranges) band.query_ranges = params.query_ranges + row * shape.S * 2;
-  return band;
+  return make_diagonal_band(t, s, d, params.left, params.right);
+}
+
+// That, and the tables.
+JAX_FLASH_HOST_DEVICE Band make_band(const Shape& shape, const BandParams& params, int64_t b, int64_t kh) {
+  const int64_t row = b * shape.K + kh;
+  return Band{make_diagonal_band(shape, params, b, kh),
+              params.key_ranges ? params.key_ranges + row * shape.T * 2 : nullptr,
+              params.query_ranges ? params.query_ranges + row * shape.S * 2 : nullptr};
 }
 
 // Whether the band's ranges differ from query to query, so that tiles have different amounts of work.
@@ -112,7 +118,8 @@ JAX_FLASH_HOST_DEVICE BlockRange block_range(int32_t any_begin, int32_t any_end,
 }
 
 // The key blocks that queries [i0, i1) visit. Queries past T see nothing and do not count.
-JAX_FLASH_HOST_DEVICE BlockRange key_blocks(const Band& band, int32_t i0, int32_t i1, int32_t block) {
+template <class AnyBand>
+JAX_FLASH_HOST_DEVICE BlockRange key_blocks(const AnyBand& band, int32_t i0, int32_t i1, int32_t block) {
   i1 = min_i32(i1, band.T);
   if (i0 >= i1) return BlockRange{0, 0, 0, 0};
   return block_range(band.key_begin(i0), band.key_end(i1 - 1), band.S, band.key_begin(i1 - 1),
@@ -120,7 +127,8 @@ JAX_FLASH_HOST_DEVICE BlockRange key_blocks(const Band& band, int32_t i0, int32_
 }
 
 // The query blocks that keys [j0, j1) visit. A key block that reaches past S is full nowhere.
-JAX_FLASH_HOST_DEVICE BlockRange query_blocks(const Band& band, int32_t j0, int32_t j1, int32_t block) {
+template <class AnyBand>
+JAX_FLASH_HOST_DEVICE BlockRange query_blocks(const AnyBand& band, int32_t j0, int32_t j1, int32_t block) {
   const int32_t valid = min_i32(j1, band.S);
   if (j0 >= valid) return BlockRange{0, 0, 0, 0};
   const int32_t all_end = valid < j1 ? 0 : max_i32(0, band.query_end(j0));

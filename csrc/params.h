@@ -2,7 +2,7 @@
 //
 // Letters as in jax.nn: B batch, T query length, S key length, N = K * G query heads, K KV heads, G query heads per
 // KV head, H head dim. Every array is dense in the order written beside it, last axis contiguous. A new member has to
-// be given its place in features.h, or that does not compile.
+// be given its place in needs.h, or that does not compile.
 #pragma once
 
 #include <cstdint>

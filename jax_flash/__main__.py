@@ -14,10 +14,7 @@ import numpy as np
 
 import jax_flash
 from jax_flash import _ffi, _native, _validate, reference
-
-# Bytes of shared memory that one block may have, by compute capability; newer ones are asked about as the smallest.
-_SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
-_SMALLEST_SHARED_MEMORY = 101376
+from jax_flash import _kernels as _kernels_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,7 +80,12 @@ def _check(options: argparse.Namespace):
     _validate.check_qkv("attention", q, k, k)
     window = tuple(options.window) if options.window else None
     return _validate.make_spec(
-        "attention", options.H, None, options.causal, window, options.softcap, options.deterministic
+        "attention",
+        options.H,
+        causal=options.causal,
+        window_size=window,
+        softcap=options.softcap,
+        deterministic=options.deterministic,
     )
 
 
@@ -109,9 +111,10 @@ def _devices() -> Iterator[str]:
 
 def _built() -> Iterator[str]:
     info = _native.build_info()
-    yield f"CPU: chosen here {info['cpu_instruction_set']}; float32, float16, bfloat16"
+    cpu, cuda = (", ".join(sorted(_kernels_table.dtypes("forward", cuda=cuda))) for cuda in (False, True))
+    yield f"CPU: chosen here {info['cpu_instruction_set']}; {cpu}"
     if info["cuda_architectures"]:
-        yield f"CUDA: {info['cuda_architectures']}; float16, bfloat16"
+        yield f"CUDA: {info['cuda_architectures']}; {cuda}"
     else:
         yield "CUDA: none (built without nvcc; see the README's install section)"
 
@@ -137,23 +140,14 @@ def _kernels(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _kernel(direction: str, capability: int, options: argparse.Namespace) -> str:
-    spec = options.spec
     name = _native.kernel_name(
-        direction=direction,
-        compute_capability=capability,
-        shared_memory=_SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY),
-        dtype=options.dtype,
-        B=options.B,
-        K=options.K,
-        G=options.N // options.K,
-        T=options.T,
-        S=options.S,
-        H=options.H,
-        has_mask=options.mask,
-        softcap=spec.softcap or 0.0,
-        left=_ffi.side(spec.window_left),
-        right=_ffi.side(spec.window_right),
-        deterministic=spec.deterministic,
+        direction,
+        capability,
+        options.dtype,
+        options.S,
+        options.H,
+        ["mask"] if options.mask else [],
+        **{name: values.tolist() for name, values in _ffi.attributes(options.spec, ()).items()},
     )
     return name or "none"
 
@@ -165,7 +159,7 @@ def _precision() -> Iterator[str]:
         if backend == "gpu" and not _native.build_info()["cuda_architectures"]:
             continue
         for dtype in _validate.DTYPES:
-            if backend == "cpu" or dtype != "float32":
+            if dtype in _kernels_table.dtypes("backward", cuda=backend == "gpu"):
                 with jax.default_device(jax.local_devices(backend=backend)[0]):
                     yield f"{backend} {dtype}: {_measure(dtype)}"
 

@@ -1,18 +1,12 @@
-"""The public `attention`: checks, the packing of masks, and the derivative rule."""
+"""The public `attention`."""
 
 from __future__ import annotations
 
-import functools
-import math
-
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
 
-from jax_flash import _primitive, _validate
-from jax_flash._spec import Extras, Spec
+from jax_flash import _call, _validate
+
+_NAME = "attention"
 
 
 def attention(
@@ -105,187 +99,24 @@ def attention(
     >>> out.shape, lse.shape
     ((2, 5, 4, 64), (2, 4, 5))
     """
-    out, lse = call(
-        "attention",
-        q,
-        k,
-        v,
-        mask,
+    arrays = {"q": q, "k": k, "v": v, "mask": mask, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
+    arrays = {name: _validate.as_array(_NAME, name, x) for name, x in arrays.items() if x is not None or name in "qkv"}
+    q, k, v = (arrays[name] for name in "qkv")
+    _validate.check_qkv(_NAME, q, k, v)
+    if mask is not None:
+        _validate.check_mask(_NAME, arrays["mask"], q, k)
+    for name in ("q_lengths", "kv_lengths"):
+        if name in arrays:
+            _validate.check_lengths(_NAME, name, arrays[name], q)
+    spec = _validate.make_spec(
+        _NAME,
+        q.shape[-1],
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
         softcap=softcap,
-        q_lengths=q_lengths,
-        kv_lengths=kv_lengths,
-        deterministic=deterministic,
+        deterministic=_validate.static_bool(_NAME, "deterministic", deterministic),
     )
-    return (out, lse) if return_softmax_lse else out
-
-
-def call(
-    function: str,
-    q,
-    k,
-    v,
-    mask=None,
-    *,
-    softmax_scale=None,
-    causal=False,
-    window_size=None,
-    softcap=None,
-    q_lengths=None,
-    kv_lengths=None,
-    deterministic=False,
-) -> tuple[jax.Array, jax.Array]:
-    """`attention` on behalf of the public function that messages name; returns the output and the log-sum-exp."""
-    q, k, v = (_validate.as_array(function, *each) for each in zip("qkv", (q, k, v), strict=True))
-    _validate.check_qkv(function, q, k, v)
-    spec = _validate.make_spec(function, q.shape[-1], softmax_scale, causal, window_size, softcap, deterministic)
-    if mask is not None:
-        mask = _validate.as_array(function, "mask", mask)
-        _validate.check_mask(function, mask, q, k)
-    if q_lengths is not None:
-        q_lengths = _validate.as_array(function, "q_lengths", q_lengths)
-        _validate.check_lengths(function, "q_lengths", q_lengths, q)
-    if kv_lengths is not None:
-        kv_lengths = _validate.as_array(function, "kv_lengths", kv_lengths)
-        _validate.check_lengths(function, "kv_lengths", kv_lengths, q)
-    return _attention(spec, q, k, v, mask, q_lengths, kv_lengths)
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _attention(spec: Spec, q, k, v, mask, q_lengths, kv_lengths):
-    """One compiled computation when called outside jit, and no call of its own inside."""
-    if q.ndim == 3:
-        out, lse = _attention(spec, *(None if x is None else x[None] for x in (q, k, v, mask, q_lengths, kv_lengths)))
-        return out[0], lse[0]
-    k, v = _split_like_queries(q, k, v)
-    extras = Extras(
-        mask=None if mask is None else _pack_mask(mask, q, k),
-        q_lengths=_lengths_per_head(q_lengths, q.shape[1], k),
-        kv_lengths=_lengths_per_head(kv_lengths, k.shape[1], k),
-    )
-    q, k, v, extras = _vary_together((q, k, v, extras))
-    return _attend(spec, q, k, v, extras)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: Spec, q, k, v, extras: Extras):
-    """(B, T, N, H) in and out; the primitives' order of axes exists inside only."""
-    out, lse = _primitive.forward(spec, _grouped(q, k), _heads_first(k), _heads_first(v), extras)
-    return _ungrouped(out), lse.reshape(lse.shape[0], q.shape[2], q.shape[1])
-
-
-def _attend_forward(spec: Spec, q, k, v, extras: Extras):
-    q, k, v = q.value, k.value, v.value
-    extras = jax.tree.map(lambda x: x.value, extras, is_leaf=lambda x: hasattr(x, "perturbed"))
-    out, lse = _attend(spec, q, k, v, extras)
-    # Named here, where they are both results and residuals, so that saving them spares the kernel a second run.
-    out, lse = checkpoint_name(out, "jax_flash_out"), checkpoint_name(lse, "jax_flash_lse")
-    return (out, lse), (q, k, v, out, lse, extras)
-
-
-def _attend_backward(spec: Spec, residuals, cotangents):
-    q, k, v, out, lse, extras = residuals
-    d_out, d_lse = cotangents
-    d_out = jnp.zeros_like(out) if isinstance(d_out, SymbolicZero) else d_out
-    per_group = _grouped(lse.swapaxes(1, 2)[..., None], k)[..., 0].shape
-    d_lse = None if isinstance(d_lse, SymbolicZero) else d_lse.reshape(per_group)
-    dq, dk, dv = _primitive.backward(
-        spec,
-        _grouped(q, k),
-        _heads_first(k),
-        _heads_first(v),
-        _grouped(out, k),
-        lse.reshape(per_group),
-        _grouped(d_out, k),
-        d_lse,
-        extras,
-    )
-    return _ungrouped(dq), _heads_first(dk), _heads_first(dv), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
-
-
-def _grouped(x, k):
-    """(B, T, N, H) to (B, K, G, T, H)."""
-    (B, T, N, H), K = x.shape, k.shape[2]
-    return x.reshape(B, T, K, N // K if K else 1, H).transpose(0, 2, 3, 1, 4)
-
-
-def _ungrouped(x):
-    """(B, K, G, T, H) to (B, T, N, H)."""
-    B, K, G, T, H = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
-
-
-def _heads_first(x):
-    """(B, S, K, H) to (B, K, S, H), and back."""
-    return x.swapaxes(1, 2)
-
-
-def _lengths_per_head(lengths, limit, k):
-    """(B,) integers to (B, K) int32."""
-    if lengths is None:
-        return None
-    # Clamped in its own dtype, so that no value changes sign on the way to int32.
-    lengths = jnp.clip(lengths, 0, limit).astype(jnp.int32)
-    return jnp.broadcast_to(lengths[:, None], (lengths.shape[0], k.shape[2]))
-
-
-def _pack_mask(mask, q, k):
-    """A boolean mask to bits, 32 keys a word, before it is spread over B and K: what T and G share stays shared."""
-    (B, _, N, _), (S, K) = q.shape, k.shape[1:3]
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    b, n, t, _ = mask.shape
-    words = (S + 31) // 32
-    mask = jnp.broadcast_to(mask, (b, n, t, S))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, words * 32 - S))).reshape(b, n, t, words, 32)
-    bits = mask.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 1, 1, 32)
-    packed = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
-    packed = packed.reshape(b, *((K, N // K) if n == N and n > 1 else (1, 1)), t, words)
-    return jnp.broadcast_to(packed, (B, K, *packed.shape[2:]))
-
-
-def _split_like_queries(q, k, v):
-    """On explicit mesh axes: where q's heads are split over more devices than there are KV heads, repeats the latter.
-
-    Each device then holds the one KV head that its query heads use, and nothing is gathered.
-    """
-    sharding = jax.typeof(q).sharding
-    axes = sharding.spec[2] if len(sharding.spec) > 2 else None
-    if axes is None:
-        return k, v
-    shards = math.prod(sharding.mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
-    B, S, K, H = k.shape
-    if K % shards == 0:
-        return k, v
-    if shards % K != 0:
-        raise NotImplementedError(
-            f"attention: heads split over {shards} devices need a number of KV heads that divides it or is divided by "
-            f"it; got K={K}. Reshard q, k and v with jax.sharding.reshard"
-        )
-
-    def repeat(x):
-        x = jnp.broadcast_to(x[:, :, :, None], (B, S, K, shards // K, H)).reshape(B, S, shards, H)
-        return jax.sharding.reshard(
-            x, sharding.update(spec=PartitionSpec(jax.typeof(x).sharding.spec[0], None, axes, None))
-        )
-
-    return repeat(k), repeat(v)
-
-
-def _vary_together(arrays):
-    """Inside shard_map: every array varies over the mesh axes that any of them varies over.
-
-    It happens outside the derivative rule, so that the transposes of these casts sum the gradients of what was shared.
-    """
-    leaves, treedef = jax.tree.flatten(arrays)
-    varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]
-    everywhere = frozenset().union(*varying)
-    leaves = [
-        jax.lax.pcast(x, tuple(sorted(everywhere - axes, key=str)), to="varying") if everywhere - axes else x
-        for x, axes in zip(leaves, varying, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, leaves)
+    with_lse = _validate.static_bool(_NAME, "return_softmax_lse", return_softmax_lse)
+    out, lse = _call.attend(spec, arrays)
+    return (out, lse) if with_lse else out

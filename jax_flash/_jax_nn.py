@@ -1,14 +1,15 @@
-"""`jax.nn.dot_product_attention`'s signature and meanings on top of `attention`, so that one import line swaps them."""
+"""`jax.nn.dot_product_attention`'s signature and meanings with our kernels, so that one import line swaps them."""
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jax_flash import _attention, _validate
+from jax_flash import _call, _sharding, _validate
+from jax_flash._spec import Band, Spec
 
 _NAME = "dot_product_attention"
 
@@ -85,55 +86,68 @@ def dot_product_attention(
     if implementation is not None:
         raise NotImplementedError(f"{_NAME}: jax_flash has one implementation; leave it None (got {implementation!r})")
     q, k, v = (_validate.as_array(_NAME, n, x) for n, x in (("query", query), ("key", key), ("value", value)))
-    _validate.check_qkv(_NAME, q, k, v)
-    T, S = q.shape[-3], k.shape[-3]
-    left, right = _validate.window(_NAME, local_window_size)
-    if _validate.static_bool(_NAME, "is_causal", is_causal):
-        right = 0 if right is None else min(right, 0)
+    _validate.check_qkv(_NAME, q, k, v, ("query", "key", "value"))
     if mask is not None:
         mask = _validate.as_array(_NAME, "mask", mask)
         if mask.ndim == 4 and q.ndim == 3 and mask.shape[0] == 1:
             mask = mask[0]
         _validate.check_mask(_NAME, mask, q, k)
-    q_lengths, kv_lengths = (
-        _lengths(name, lengths, q)
-        for name, lengths in (
-            ("query_seq_lengths", query_seq_lengths),
-            ("key_value_seq_lengths", key_value_seq_lengths),
-        )
-    )
-    some_see_nothing = any(x is not None for x in (mask, kv_lengths, left, right))
-
-    # From the top left to the bottom right of the whole (T, S); lengths, which would move the corner, become masks.
-    band = (None if left is None else left + S - T, None if right is None else right + T - S)
-    if any(side is not None and side < 0 for side in band):
-        mask, band = _and(mask, _band_mask(T, S, left, right)), (None, None)
-    aligned = band != (None, None)
-    if aligned and kv_lengths is not None:
-        mask = _and(mask, (jnp.arange(S)[None, :] < kv_lengths[:, None])[:, None, None, :])
-    out, lse = _attention.call(
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mask,
+        "q_lengths": _lengths("query_seq_lengths", query_seq_lengths, q),
+        "kv_lengths": _lengths("key_value_seq_lengths", key_value_seq_lengths, q),
+    }
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    spec = _validate.make_spec(
         _NAME,
-        q,
-        k,
-        v,
-        mask,
+        q.shape[-1],
         softmax_scale=scale,
-        window_size=band,
-        q_lengths=None if aligned else q_lengths,
-        kv_lengths=None if aligned else kv_lengths,
+        causal=is_causal,
+        window_size=_window(local_window_size),
+        top_left=True,
+        names={"softmax_scale": "scale", "causal": "is_causal", "window_size": "local_window_size"},
     )
-    lse = jax.lax.stop_gradient(lse.swapaxes(-1, -2))  # (B, T, N)
-    if some_see_nothing:
-        mean = jnp.repeat(jnp.mean(v, axis=-3, dtype=jnp.float32), q.shape[-2] // max(k.shape[-2], 1), axis=-2)
-        out = jnp.where(jnp.isneginf(lse)[..., None], jnp.expand_dims(mean, -3).astype(out.dtype), out)
-    if q_lengths is not None:
-        valid = (jnp.arange(T)[None, :] < q_lengths[:, None])[:, :, None]
-        out, lse = jnp.where(valid[..., None], out, 0), jnp.where(valid, lse, -jnp.inf)
-    if not return_residual:
+    with_residual = _validate.static_bool(_NAME, "return_residual", return_residual)
+    out, lse = _call.attend(spec, arrays)
+    out = _mean_where_unseen(spec, arrays, out, lse)
+    if not with_residual:
         return out
-    # What the log-sum-exp of S equal, very negative scores comes to there.
-    hidden = -0.7 * float(jnp.finfo(jnp.float32).max) + math.log(max(S, 1))
+    # What the log-sum-exp of S equal, very negative scores comes to there; beyond its length, a query has none.
+    lse = jax.lax.stop_gradient(lse.swapaxes(-1, -2))
+    hidden = -0.7 * float(jnp.finfo(jnp.float32).max) + jnp.log(jnp.maximum(jnp.float32(k.shape[-3]), 1))
     return out, jnp.where(jnp.isneginf(lse), hidden, lse).astype(q.dtype)
+
+
+def _mean_where_unseen(spec: Spec, arrays: dict[str, jax.Array], out, lse):
+    """jax.nn gives a valid query that sees no key the mean of all values."""
+    q, v = arrays["q"], arrays["v"]
+    S = v.shape[-3]
+    everything_seen = spec.band == Band() and not {"mask", "kv_lengths"} & arrays.keys()
+    if everything_seen or any(isinstance(size, int) and size == 0 for size in (*q.shape, S)):
+        return out
+    unseen = jnp.isneginf(lse.swapaxes(-1, -2))  # (B, T, N)
+    if "q_lengths" in arrays:
+        valid = jnp.arange(q.shape[-3])[None, :] < _validate.int32(arrays["q_lengths"])[:, None]
+        unseen &= valid[:, :, None]
+    if q.ndim == 4:
+        (v,) = _sharding.split_like_queries(q, v)
+    K = v.shape[-2]
+    mean = jnp.mean(v, axis=-3, dtype=jnp.float32).astype(out.dtype)
+    per_group = (*out.shape[:-2], K, out.shape[-2] // K)
+    out = jnp.where(
+        unseen.reshape(*per_group, 1), jnp.expand_dims(mean, (-4, -2)), out.reshape(*per_group, out.shape[-1])
+    )
+    return out.reshape(q.shape)
+
+
+def _window(local_window_size):
+    sides = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size,)
+    if any(isinstance(side, numbers.Integral) and side < 0 for side in sides):
+        raise ValueError(f"{_NAME}: local_window_size must not be negative; got {local_window_size!r}")
+    return local_window_size
 
 
 def _lengths(name: str, lengths, q):
@@ -144,21 +158,3 @@ def _lengths(name: str, lengths, q):
         raise ValueError(f"{_NAME}: {name} needs a batch axis; got query {_validate.show(q)}")
     _validate.check_lengths(_NAME, name, lengths, q)
     return lengths
-
-
-def _and(mask, other):
-    if mask is None:
-        return other
-    return mask.reshape((1,) * (other.ndim - mask.ndim) + mask.shape) & other.reshape(
-        (1,) * (mask.ndim - other.ndim) + other.shape
-    )
-
-
-def _band_mask(T: int, S: int, left: int | None, right: int | None):
-    i, j = jax.lax.broadcasted_iota(jnp.int32, (T, S), 0), jax.lax.broadcasted_iota(jnp.int32, (T, S), 1)
-    visible = jnp.ones((T, S), bool)
-    if left is not None:
-        visible &= j >= i - left
-    if right is not None:
-        visible &= j <= i + right
-    return visible

@@ -12,48 +12,70 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash._spec import Spec
+from jax_flash._spec import Band, Spec
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**29
+_INT32 = np.iinfo(np.int32)
+_FLOAT32 = np.finfo(np.float32)
 
 
 def as_array(function: str, name: str, x) -> jax.Array:
     """x as a JAX array, if it is an array; lists and scalars are refused, since they are usually a slip."""
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
+        x = np.asarray(_saturated(x, np))  # before JAX cuts off what 32 bits do not hold
     if isinstance(x, (jax.Array, np.ndarray)) or hasattr(x, "__jax_array__"):
         return jnp.asarray(x)
     raise ValueError(f"{function}: {name} must be a JAX or NumPy array; got {type(x).__name__}")
 
 
-def check_qkv(function: str, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+def int32(x: jax.Array) -> jax.Array:
+    """Integers of any dtype as int32: what that does not hold becomes its smallest or largest number."""
+    return x if x.dtype == jnp.int32 else _saturated(x, jnp)
+
+
+def _saturated(x, library):
+    info = np.iinfo(x.dtype)
+    if int(info.min) >= int(_INT32.min) and int(info.max) <= int(_INT32.max):
+        return x.astype(np.int32)
+    least, most = max(int(info.min), int(_INT32.min)), min(int(info.max), int(_INT32.max))
+    return library.clip(x, library.asarray(least, x.dtype), library.asarray(most, x.dtype)).astype(np.int32)
+
+
+def check_qkv(function: str, q: jax.Array, k: jax.Array, v: jax.Array, names: tuple[str, str, str] = ("q", "k", "v")):
     """q (B, T, N, H), k and v (B, S, K, H), or all three without B; one dtype; N a multiple of K."""
-    got = f"got q {show(q)}, k {show(k)}, v {show(v)}"
+    n_q, n_k, n_v = names
+    every, keys = f"{n_q}, {n_k} and {n_v}", f"{n_k} and {n_v}"
+    got = "got " + ", ".join(f"{name} {show(x)}" for name, x in zip(names, (q, k, v), strict=True))
     if q.ndim not in (3, 4) or k.ndim != q.ndim or v.ndim != q.ndim:
-        raise ValueError(f"{function}: q, k and v must be (B, T, N, H) or all (T, N, H); {got}")
+        raise ValueError(f"{function}: {every} must be (B, T, N, H) or all (T, N, H); {got}")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{function}: q, k and v must have one dtype; {got}")
+        raise ValueError(f"{function}: {every} must have one dtype; {got}")
     if q.dtype.name not in DTYPES:
         kind = NotImplementedError if jnp.issubdtype(q.dtype, jnp.floating) else ValueError
         raise kind(
-            f"{function}: q, k and v must be {', '.join(DTYPES[:2])} or {DTYPES[2]}; {got}. Cast with x.astype(...)"
+            f"{function}: {every} must be {', '.join(DTYPES[:2])} or {DTYPES[2]}; {got}. Cast with x.astype(...)"
         )
     if q.ndim == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"{function}: q, k and v must share the batch size B; {got}")
+        raise ValueError(f"{function}: {every} must share the batch size B; {got}")
     if k.shape[-3] != v.shape[-3]:
-        raise ValueError(f"{function}: k and v must share length S; {got}")
+        raise ValueError(f"{function}: {keys} must share length S; {got}")
     if k.shape[-2] != v.shape[-2]:
-        raise ValueError(f"{function}: k and v must share the number of heads K; {got}")
+        raise ValueError(f"{function}: {keys} must share the number of heads K; {got}")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{function}: q and k must share head dim H; {got}")
+        raise ValueError(f"{function}: {n_q} and {n_k} must share head dim H; {got}")
     if k.shape[-1] != v.shape[-1]:
-        raise NotImplementedError(f"{function}: k and v must share head dim H; {got}. Pad the smaller one with zeros")
+        raise NotImplementedError(
+            f"{function}: {keys} must share head dim H; {got}. Pad the smaller one with zeros, and where that is "
+            f"{n_q} and {n_k}, whose head dim H sets the default scale, give the scale H**-0.5 of before"
+        )
     N, K, H = q.shape[-2], k.shape[-2], q.shape[-1]
     if not all(isinstance(size, int) for size in (N, K, H)):
         raise NotImplementedError(f"{function}: the heads and the head dim must be static, not symbolic; {got}")
     if N != 0 if K == 0 else N % K != 0:
         raise ValueError(
-            f"{function}: the number of query heads N={N} must be a multiple of that of k and v, K={K}; {got}"
+            f"{function}: the number of query heads N={N} must be a multiple of that of {keys}, K={K}; {got}"
         )
     if H == 0:
         raise ValueError(f"{function}: head dim H must be at least 1; {got}")
@@ -88,20 +110,41 @@ def check_lengths(function: str, name: str, lengths: jax.Array, q: jax.Array) ->
         )
 
 
-def make_spec(function: str, H: int, softmax_scale, causal, window_size, softcap, deterministic) -> Spec:
-    """The static description of a call, from the public arguments."""
-    if softmax_scale is None:
-        softmax_scale = H**-0.5
-    left, right = window(function, window_size)
-    if static_bool(function, "causal", causal):
+def make_spec(
+    function: str,
+    H: int,
+    *,
+    softmax_scale=None,
+    causal=False,
+    window_size=None,
+    softcap=None,
+    top_left=False,
+    names: dict[str, str] | None = None,
+    **options,
+) -> Spec:
+    """The static description of a call, from the public arguments; names: what the public function calls them."""
+    name = {"softmax_scale": "softmax_scale", "causal": "causal", "window_size": "window_size"} | (names or {})
+    left, right = window(function, window_size, name["window_size"])
+    if static_bool(function, name["causal"], causal):
         right = 0 if right is None else min(right, 0)
-    return Spec(
-        softmax_scale=_positive(function, "softmax_scale", softmax_scale),
-        softcap=None if softcap is None else _positive(function, "softcap", softcap),
-        window_left=left,
-        window_right=right,
-        deterministic=static_bool(function, "deterministic", deterministic),
-    )
+    scale = H**-0.5 if softmax_scale is None else _number(function, name["softmax_scale"], softmax_scale)
+    if abs(scale) < float(_FLOAT32.tiny):
+        scale = 0.0
+    return Spec(scale, _softcap(function, softcap), Band(left, right, top_left), **options)
+
+
+def _softcap(function: str, softcap) -> float | None:
+    if softcap is None:
+        return None
+    value = _number(function, "softcap", softcap)
+    if value == 0:  # FlashAttention's word for none
+        return None
+    if value < 0 or np.float32(value) < _FLOAT32.tiny:
+        raise ValueError(
+            f"{function}: softcap must be positive and at least {_FLOAT32.tiny:.3g}, or None or 0 for none; got "
+            f"{softcap!r}"
+        )
+    return value
 
 
 def show(x: jax.Array) -> str:
@@ -109,27 +152,47 @@ def show(x: jax.Array) -> str:
     return f"{x.dtype.name}{tuple(x.shape)}"
 
 
-def _positive(function, name, value) -> float:
+def static(function: str, name: str, value, way_out: str = "") -> None:
+    """Refuses a traced value where a compiled program depends on what it is."""
     if isinstance(value, jax.core.Tracer):
-        raise NotImplementedError(f"{function}: {name} must be a Python number, not a traced array; scale q instead")
+        way_out = way_out or (
+            f"bind it with functools.partial({function}, {name}=...) before jit, or list it in jit's static_argnames"
+        )
+        raise NotImplementedError(
+            f"{function}: {name} must be known when the call is compiled; got a traced value, {value}: {way_out}"
+        )
+
+
+def _number(function: str, name: str, value) -> float:
+    ways_out = {
+        "softmax_scale": "multiply q by it, and give softmax_scale=1.0",
+        "scale": "multiply query by it, and give scale=1.0",
+    }
+    static(function, name, value, ways_out.get(name, ""))
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim == 0 and value.dtype.kind in "fiuV":
+        value = float(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{function}: {name} must be a Python number; got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{function}: {name} must be positive and finite, or None; got {value!r}")
+        raise ValueError(f"{function}: {name} must be a number; got {value!r}")
+    if not math.isfinite(value) or abs(value) > float(_FLOAT32.max):
+        raise ValueError(f"{function}: {name} must be finite in float32, or None; got {value!r}")
     return float(value)
 
 
-def static_bool(function, name, value) -> bool:
+def static_bool(function: str, name: str, value) -> bool:
+    static(function, name, value)
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{function}: {name} must be True or False; got {value!r}")
     return bool(value)
 
 
-def window(function, window_size) -> tuple[int | None, int | None]:
-    wanted = "window_size must be (left, right) or one int for both, each at least 0, or None for no limit"
+def window(function: str, window_size, name: str = "window_size") -> tuple[int | None, int | None]:
+    """The two sides, None where there is no limit."""
+    wanted = f"{name} must be (left, right) or one int for both, each at least 0, or None or -1 for no limit"
     sides = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
+    for side in sides:
+        static(function, name, side)
     integers = all(s is None or (isinstance(s, numbers.Integral) and not isinstance(s, bool)) for s in sides)
-    if len(sides) != 2 or not integers or any(s is not None and s < 0 for s in sides):
+    if len(sides) != 2 or not integers or any(s is not None and s < -1 for s in sides):
         raise ValueError(f"{function}: {wanted}; got {window_size!r}")
-    left, right = (None if s is None or s > MAX_LENGTH else int(s) for s in sides)
+    left, right = (None if s is None or s == -1 or s > MAX_LENGTH else int(s) for s in sides)
     return left, right

@@ -1,17 +1,14 @@
-"""The public `flash_attn_with_kvcache`: checks, and the order of axes that the primitive wants."""
+"""The public `flash_attn_with_kvcache`."""
 
 from __future__ import annotations
 
-import functools
 import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flash import _kvcache_primitive, _validate
-from jax_flash._attention import _grouped, _heads_first, _ungrouped, _vary_together
-from jax_flash._kvcache_primitive import Operands
-from jax_flash._spec import KvcacheSpec
+from jax_flash import _call, _validate
 
 _NAME = "flash_attn_with_kvcache"
 
@@ -122,36 +119,59 @@ def flash_attn_with_kvcache(
     >>> out.shape
     (1, 1, 4, 64)
     """
-    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    optional = {
+    arrays = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
         "k": k,
         "v": v,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
         "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad,
         "block_table": block_table,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
     }
-    arrays |= {name: x for name, x in optional.items() if x is not None}
-    arrays = {name: _validate.as_array(_NAME, name, x) for name, x in arrays.items()}
+    required = ("q", "k_cache", "v_cache")
+    arrays = {n: _validate.as_array(_NAME, n, x) for n, x in arrays.items() if x is not None or n in required}
     if cache_seqlens is not None:
         arrays["cache_seqlens"] = _lengths(cache_seqlens, arrays["q"])
     _check(arrays)
-    spec = _make_spec(
-        arrays["q"].shape[-1], softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits
+    spec = _validate.make_spec(
+        _NAME,
+        arrays["q"].shape[-1],
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        rotary_interleaved=_validate.static_bool(_NAME, "rotary_interleaved", rotary_interleaved),
+        num_splits=_splits(num_splits),
     )
-    out, lse, *caches = _attend(spec, arrays)
-    k_cache, v_cache = caches or (arrays["k_cache"], arrays["v_cache"])
-    return (out, lse, k_cache, v_cache) if return_softmax_lse else (out, k_cache, v_cache)
+    with_lse = _validate.static_bool(_NAME, "return_softmax_lse", return_softmax_lse)
+    out, lse, *updated = _call.attend_to_cache(spec, arrays)
+    k_cache, v_cache = updated or (arrays["k_cache"], arrays["v_cache"])
+    return (out, lse, k_cache, v_cache) if with_lse else (out, k_cache, v_cache)
 
 
 def _lengths(cache_seqlens, q) -> jax.Array:
     if isinstance(cache_seqlens, numbers.Integral) and not isinstance(cache_seqlens, bool):
-        cache_seqlens = jnp.asarray(cache_seqlens, jnp.int32)
+        cache_seqlens = np.array(max(min(int(cache_seqlens), 2**62), -(2**62)))
+    if isinstance(cache_seqlens, (list, tuple)):
+        raise ValueError(
+            f"{_NAME}: cache_seqlens must be an array (B,), or one integer for all sequences; got "
+            f"{type(cache_seqlens).__name__}"
+        )
     cache_seqlens = _validate.as_array(_NAME, "cache_seqlens", cache_seqlens)
     if cache_seqlens.ndim == 0 and q.ndim == 4:
         cache_seqlens = jnp.broadcast_to(cache_seqlens, q.shape[:1])
     return cache_seqlens
+
+
+def _splits(num_splits) -> int:
+    _validate.static(_NAME, "num_splits", num_splits)
+    num_splits = 0 if num_splits is None else num_splits
+    if isinstance(num_splits, bool) or not isinstance(num_splits, numbers.Integral) or not 0 <= num_splits <= 4096:
+        raise ValueError(f"{_NAME}: num_splits must be an integer from 0 to 4096, or None; got {num_splits!r}")
+    return int(num_splits)
 
 
 def _check(a: dict[str, jax.Array]) -> None:
@@ -167,12 +187,11 @@ def _check(a: dict[str, jax.Array]) -> None:
         fail("q must be (B, T, N, H), k_cache and v_cache (B, S, K, H) or (num_pages, page_size, K, H)", *main)
     if k_cache.shape != v_cache.shape:
         fail("k_cache and v_cache must have one shape", *main)
-    _, T, N, H = q.shape
+    T, H = q.shape[1], q.shape[3]
     rows, S, K, _ = k_cache.shape
     # All that holds for attention() holds here, but for the caches' own batch size.
     like_keys = jax.ShapeDtypeStruct((q.shape[0], S, K, k_cache.shape[3]), k_cache.dtype)
-    _validate.check_qkv(_NAME, q, like_keys, jax.ShapeDtypeStruct(like_keys.shape, v_cache.dtype))
-    del N
+    _validate.check_qkv(_NAME, q, like_keys, jax.ShapeDtypeStruct(like_keys.shape, v_cache.dtype), main)
     if ("k" in a) != ("v" in a):
         fail("k and v go together: give both or neither", "q", "k", "v")
     if "k" in a:
@@ -194,9 +213,9 @@ def _check(a: dict[str, jax.Array]) -> None:
             fail(f"block_table must be integers (B, max_pages) = ({q.shape[0]}, max_pages)", "q", "block_table")
         if "cache_batch_idx" in a:
             fail("block_table and cache_batch_idx exclude each other", "block_table", "cache_batch_idx")
-        if S % 8 != 0:
+        if isinstance(S, int) and S % 8 != 0:
             fail(f"the page size must be a multiple of 8, not {S}", *main, "block_table")
-        if S * table.shape[1] > _validate.MAX_LENGTH:
+        if isinstance(S * table.shape[1], int) and S * table.shape[1] > _validate.MAX_LENGTH:
             fail(
                 f"a sequence holds at most {_validate.MAX_LENGTH} positions",
                 *main,
@@ -205,7 +224,7 @@ def _check(a: dict[str, jax.Array]) -> None:
             )
     elif "cache_batch_idx" not in a and rows != q.shape[0]:
         fail("the caches must have a row for each sequence of q, or cache_batch_idx or block_table", *main)
-    if rows * S >= 2**31:
+    if isinstance(rows * S, int) and rows * S >= 2**31:
         fail("a cache holds at most 2^31 - 1 positions", *main, kind=NotImplementedError)
     _check_rotary(a, fail)
 
@@ -229,61 +248,3 @@ def _check_rotary(a: dict[str, jax.Array], fail) -> None:
         fail("rotary_cos and rotary_sin must both be float32, or both have the dtype of q", *shown)
     if cos.shape[0] < a["k"].shape[1]:
         fail("rotary_cos and rotary_sin must have a position for each new token at least", *shown, "k")
-
-
-def _make_spec(H, softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits) -> KvcacheSpec:
-    if isinstance(window_size, (tuple, list)):  # -1 is FlashAttention's word for no limit
-        window_size = tuple(None if isinstance(side, numbers.Integral) and side == -1 else side for side in window_size)
-    if isinstance(softcap, numbers.Real) and softcap == 0:
-        softcap = None
-    spec = _validate.make_spec(_NAME, H, softmax_scale, causal, window_size, softcap, False)
-    num_splits = 0 if num_splits is None else num_splits
-    if isinstance(num_splits, bool) or not isinstance(num_splits, numbers.Integral) or not 0 <= num_splits <= 4096:
-        raise ValueError(f"{_NAME}: num_splits must be an integer from 0 to 4096, or None; got {num_splits!r}")
-    return KvcacheSpec(
-        softmax_scale=spec.softmax_scale,
-        softcap=spec.softcap,
-        window_left=spec.window_left,
-        window_right=spec.window_right,
-        rotary_interleaved=_validate.static_bool(_NAME, "rotary_interleaved", rotary_interleaved),
-        num_splits=int(num_splits),
-    )
-
-
-def _int32(x, most: int):
-    """Clamped in its own dtype, so that no value changes sign on the way to int32; out of range stays out of range.
-
-    int32 goes as it is: the kernels look at every value themselves, and a clamp here is one more kernel on a GPU.
-    """
-    if x.dtype == jnp.int32:
-        return x
-    info = jnp.iinfo(x.dtype)
-    return jnp.clip(x, max(-1, int(info.min)), min(most, int(info.max))).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _attend(spec: KvcacheSpec, a: dict[str, jax.Array]):
-    q, k_cache = a["q"], a["k_cache"]
-    rows = k_cache.shape[0]
-    most = {
-        "cache_seqlens": _validate.MAX_LENGTH,
-        "cache_leftpad": _validate.MAX_LENGTH,
-        "cache_batch_idx": rows,
-        "block_table": rows,
-    }
-    integers = {name: _int32(a[name], limit) for name, limit in most.items() if name in a}
-    operands = Operands(
-        q=_grouped(q, k_cache),
-        k_cache=_heads_first(k_cache),
-        v_cache=_heads_first(a["v_cache"]),
-        k_new=_heads_first(a["k"]) if "k" in a and a["k"].shape[1] else None,
-        v_new=_heads_first(a["v"]) if "k" in a and a["k"].shape[1] else None,
-        lengths=integers.get("cache_seqlens"),
-        batch_index=integers.get("cache_batch_idx"),
-        leftpad=integers.get("cache_leftpad"),
-        block_table=integers.get("block_table"),
-        cos=a.get("rotary_cos"),
-        sin=a.get("rotary_sin"),
-    )
-    out, lse, *caches = _kvcache_primitive.attend(spec, _vary_together(operands))
-    return _ungrouped(out), lse.reshape(lse.shape[0], q.shape[2], q.shape[1]), *map(_heads_first, caches)

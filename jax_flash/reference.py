@@ -10,8 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-
-from jax_flash._spec import Extras, Spec
+import numpy as np
 
 
 def attention(
@@ -41,11 +40,11 @@ def attention(
     left, right = window_size if isinstance(window_size, tuple) else (window_size, window_size)
     if causal:
         right = 0 if right is None else min(right, 0)
-    visible = visible_keys(T, S, left, right, *(None if x is None else x[:, None] for x in (q_lengths, kv_lengths)))
+    visible = visible_keys(T, S, left, right, _column(q_lengths, T), _column(kv_lengths, S))
     if mask is not None:
         mask = jnp.broadcast_to(mask, (B, N, T, S)).reshape(B, K, G, T, S)
         visible = jnp.broadcast_to(visible, mask.shape) & mask
-    out, lse = _softmax_attention(
+    out, lse = softmax_attention(
         q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).astype(compute_dtype),
         k.transpose(0, 2, 1, 3).astype(compute_dtype),
         v.transpose(0, 2, 1, 3).astype(compute_dtype),
@@ -57,14 +56,25 @@ def attention(
     return (out, lse.reshape(B, N, T)) if return_softmax_lse else out
 
 
+def _column(lengths, most: int):
+    """(B,) integers of any dtype to (B, 1) int32 in [0, most]."""
+    if lengths is None:
+        return None
+    if isinstance(lengths, np.ndarray):  # JAX would cut it to 32 bits
+        lengths = np.array([min(max(int(length), 0), most) for length in lengths], np.int32)
+    lengths = jnp.asarray(lengths)
+    low = jnp.where(lengths > 0, lengths, 0)  # compared in their own dtype, and cut to 32 bits afterwards
+    return jnp.where(low > min(most, jnp.iinfo(low.dtype).max), most, low.astype(jnp.int32))[:, None]
+
+
 def visible_keys(T, S, left, right, q_lengths=None, kv_lengths=None) -> jax.Array:
     """Which keys each query sees, (*lengths.shape, 1, T, S): window, causal, lengths; aligned to the bottom right."""
     shape = next((x.shape for x in (q_lengths, kv_lengths) if x is not None), (1, 1))
     shape = (*shape, 1, T, S)
     i = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
     j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    t = T if q_lengths is None else jnp.clip(q_lengths, 0, T).astype(jnp.int32)[..., None, None, None]
-    s = S if kv_lengths is None else jnp.clip(kv_lengths, 0, S).astype(jnp.int32)[..., None, None, None]
+    t = T if q_lengths is None else q_lengths[..., None, None, None]
+    s = S if kv_lengths is None else kv_lengths[..., None, None, None]
     visible = (i < t) & (j < s)
     if left is not None:
         visible &= j >= i + (s - t) - left
@@ -73,7 +83,7 @@ def visible_keys(T, S, left, right, q_lengths=None, kv_lengths=None) -> jax.Arra
     return visible
 
 
-def _softmax_attention(q, k, v, visible, softmax_scale, softcap):
+def softmax_attention(q, k, v, visible, softmax_scale, softcap):
     """Logical order: q (*batch, K, G, T, H), k and v (*batch, K, S, H); returns out like q and the LSE (..., G, T).
 
     A query that sees a score of NaN or +inf has NaN for its output and LSE, as in a float32 softmax that subtracts the
@@ -95,35 +105,3 @@ def _softmax_attention(q, k, v, visible, softmax_scale, softcap):
     out = jnp.where(sees_any, out, 0.0)  # it is 0 already, but for its gradient and for 0 * NaN
     lse = jnp.where(sees_any, highest + jnp.log(total), -jnp.inf)
     return out, lse[..., 0]
-
-
-def forward(spec: Spec, q, k, v, extras: Extras) -> tuple[jax.Array, jax.Array]:
-    """The forward primitive's meaning, in its logical order and with its packed mask (see `_spec.Extras`)."""
-    T, S, dtype = q.shape[-2], k.shape[-2], q.dtype
-    visible = visible_keys(T, S, spec.window_left, spec.window_right, extras.q_lengths, extras.kv_lengths)
-    visible = visible.reshape((1,) * (q.ndim - visible.ndim) + visible.shape)
-    if extras.mask is not None:
-        bits = extras.mask[..., None] >> jnp.arange(32, dtype=jnp.uint32).reshape((1,) * extras.mask.ndim + (32,)) & 1
-        bits = bits.reshape(*extras.mask.shape[:-1], -1)[..., :S].astype(bool)
-        visible, bits = jnp.broadcast_arrays(visible, bits)
-        visible &= bits
-    # What lies past a length may hold anything, so it is cut out rather than multiplied by a probability of zero.
-    valid_q, valid_k = _rows_below(extras.q_lengths, T, 3), _rows_below(extras.kv_lengths, S, 2)
-    q = jnp.where(valid_q, q.astype(jnp.float32), 0.0)
-    k, v = (jnp.where(valid_k, x.astype(jnp.float32), 0.0) for x in (k, v))
-    out, lse = _softmax_attention(q, k, v, visible, spec.softmax_scale, spec.softcap)
-    return jnp.where(valid_q, out, 0.0).astype(dtype), lse
-
-
-def backward(spec: Spec, q, k, v, d_out, d_lse, extras: Extras) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The backward primitive's meaning: the gradients of `forward`, without its residuals."""
-    _, pull = jax.vjp(lambda q, k, v: forward(spec, q, k, v, extras), q, k, v)
-    return pull((d_out, jnp.zeros(q.shape[:-1], jnp.float32) if d_lse is None else d_lse))
-
-
-def _rows_below(lengths, size, ndim):
-    """(*lengths.shape, ..., size, 1), of `ndim` axes more than lengths: True in the rows that are valid."""
-    if lengths is None:
-        return jnp.bool_(True)
-    rows = jax.lax.broadcasted_iota(jnp.int32, (1,) * (lengths.ndim + ndim - 2) + (size, 1), lengths.ndim + ndim - 2)
-    return rows < lengths.reshape(*lengths.shape, *(1,) * ndim)

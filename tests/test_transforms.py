@@ -113,9 +113,11 @@ def test_nested_vmap(dtype):
 def test_vmap_of_q_alone_reads_k_once(dtype):
     """Mapped queries become query heads: k and v enter the kernel at their own size."""
     q, k, v = make("q", dtype, (MAPPED,)), make("k", dtype), make("v", dtype)
-    jaxpr = jax.make_jaxpr(jax.vmap(jax_flash.attention, (0, None, None)))(q, k, v)
-    assert str((B, K, S, H))[1:-1].replace(" ", "") in str(jaxpr).replace(" ", "")
-    assert f"[{MAPPED},{B},{K},{S},{H}]" not in str(jaxpr)
+    text = jax.jit(jax.vmap(jax_flash.attention, (0, None, None))).lower(q, k, v).as_text()
+    (call,) = [line for line in text.splitlines() if "@jax_flash_forward" in line]
+    assert call.count(f"tensor<{B}x{S}x{K}x{H}x") == 2 and f"x{S}x{K}x{H}x" not in text.replace(
+        f"<{B}x{S}x{K}x{H}x", ""
+    )
 
 
 def test_vmap_of_no_examples(dtype):

@@ -133,8 +133,8 @@ void gather(const KvcacheParams& params, int32_t b, const CacheSequence& sequenc
   }
 }
 
-// The rows of a block against positions [begin, end), which k and v hold: a sequence of its own, in which the band keeps
-// its place.
+// The rows of a block against positions [begin, end), which k and v hold: a sequence of its own, in which the band
+// keeps its place.
 ForwardParams chunk_params(const ForwardParams& forward, const Block& block, const DiagonalBand& band, int32_t begin,
                            int32_t end, const char* k, const char* v) {
   ForwardParams chunk = forward;

@@ -5,9 +5,9 @@
 
 #include <vector>
 
+#include "cache_sequence.h"
 #include "cpu/launch.h"
 #include "cpu/tasks.h"
-#include "kvcache_params.h"
 
 namespace jax_flash::cpu {
 

@@ -4,9 +4,8 @@
 
 #include <cstdint>
 
+#include "cache_sequence.h"
 #include "cpu/launch.h"
-#include "kvcache_params.h"
-#include "mask.h"
 
 namespace jax_flash::cpu {
 

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/pack.h"
 #include "cpu/tasks.h"
+#include "mask.h"
 
 namespace jax_flash::cpu::JAX_FLASH_ISA {
 

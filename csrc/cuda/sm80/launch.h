@@ -8,9 +8,6 @@
 
 namespace jax_flash::sm80 {
 
-bool accepts_forward(const ForwardParams& params, const Device& device);
-bool accepts_backward(const BackwardParams& params, const Device& device);
-
 // Enqueue on `stream`; no allocation, no synchronisation.
 cudaError_t forward(const ForwardParams& params, const Device& device, cudaStream_t stream);
 cudaError_t backward(const BackwardParams& params, const Device& device, cudaStream_t stream);

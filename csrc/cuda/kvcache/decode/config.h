@@ -32,7 +32,7 @@ inline int head_dim_bucket(int32_t H) { return H <= 64 ? 64 : H <= 128 ? 128 : 2
 // Tiles of 8 rows: as many as the registers hold accumulators for. More rows are left to further row blocks.
 constexpr int most_row_tiles(int dim) { return dim == 64 ? 4 : dim == 128 ? 2 : 1; }
 
-inline int row_tiles(int32_t rows, int32_t H) {
+inline int row_tiles(int64_t rows, int32_t H) {
   const int most = most_row_tiles(head_dim_bucket(H));
   int tiles = 1;
   while (tiles < most && 8 * tiles < rows) tiles *= 2;
@@ -42,18 +42,24 @@ inline int row_tiles(int32_t rows, int32_t H) {
 // Work that several blocks share leaves partial results in slots: kRows x kDim float32 accumulators, then kRows maxima
 // and kRows sums. Blocks of the balanced schedule leave at most two each (where their range begins and where it ends).
 // One 64-bit arrival counter per segment comes first.
+inline constexpr int64_t kCounterBytes = 8, kCounterAlignment = 256;
+
+inline int64_t slot_bytes(int64_t rows, int32_t H) { return rows * (head_dim_bucket(H) + 2) * 4; }
+
 struct WorkspaceLayout {
-  int64_t segments, slots, slot_floats;
-  int64_t counter_bytes() const { return (segments * 8 + 255) / 256 * 256; }
-  int64_t bytes() const { return counter_bytes() + slots * slot_floats * 4; }
+  int64_t segments, slots, slot_bytes;
+  int64_t counter_bytes() const {
+    return (segments * kCounterBytes + kCounterAlignment - 1) / kCounterAlignment * kCounterAlignment;
+  }
+  int64_t bytes() const { return counter_bytes() + slots * slot_bytes; }
 };
 
 inline WorkspaceLayout workspace_layout(const KvcacheParams& params) {
-  const int rows = 8 * row_tiles(params.T * params.G, params.H);
+  const int64_t all_rows = int64_t{params.T} * params.G, rows = 8 * row_tiles(all_rows, params.H);
   WorkspaceLayout layout;
-  layout.segments = static_cast<int64_t>(params.B) * params.K * ((params.T * params.G + rows - 1) / rows);
+  layout.segments = int64_t{params.B} * params.K * ((all_rows + rows - 1) / rows);
   layout.slots = params.num_splits > 0 ? layout.segments * params.num_splits : 2 * kMaxBlocks;
-  layout.slot_floats = rows * (head_dim_bucket(params.H) + 2);
+  layout.slot_bytes = slot_bytes(rows, params.H);
   return layout;
 }
 

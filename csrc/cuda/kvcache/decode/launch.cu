@@ -8,10 +8,6 @@ namespace jax_flash::decode {
 template <class Element, int kHeadDim>
 cudaError_t launch_instance(const KvcacheParams& params, const Device& device, cudaStream_t stream);
 
-bool accepts(const KvcacheParams& params, const Device& device) {
-  return device.compute_capability >= 80 && params.dtype != DType::kFloat32 && params.H >= 1 && params.H <= 256;
-}
-
 int64_t workspace_bytes(const KvcacheParams& params) { return workspace_layout(params).bytes(); }
 
 cudaError_t launch(const KvcacheParams& params, const Device& device, cudaStream_t stream) {

@@ -8,10 +8,6 @@
 
 namespace jax_flash::decode {
 
-// 16-bit elements, any device from sm_80 on. More than a few dozen rows T * G per KV head are better served elsewhere,
-// but right.
-bool accepts(const KvcacheParams& params, const Device& device);
-
 // What params.workspace has to hold, on any device.
 int64_t workspace_bytes(const KvcacheParams& params);
 

@@ -2,6 +2,7 @@
 
 #include "cuda/kvcache/decode/chunk.cuh"
 #include "cuda/kvcache/prefill/prefill.h"
+#include "cuda/kvcache/prefill/workspace.h"
 
 namespace jax_flash::prefill {
 namespace {
@@ -9,28 +10,6 @@ namespace {
 using decode::load_chunk;
 using decode::load_rotated_chunk;
 using decode::store_chunk;
-
-// Fewer rows are decode's, which divides the keys among the blocks. jax_flash/_kvcache_primitive.py knows this number.
-constexpr int64_t kRows = 256;
-
-struct Workspace {
-  bool copies_keys;
-  int64_t q, k, v, bytes;  // offsets; the lengths [B, K] come first
-};
-
-Workspace make_workspace(const KvcacheParams& params) {
-  const auto align = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
-  const int64_t heads = static_cast<int64_t>(params.B) * params.K;
-  const int64_t queries = params.rotary.dim ? heads * params.G * params.T * params.H * 2 : 0;
-  Workspace w;
-  w.copies_keys = params.pages || params.batch_index || params.leftpad;
-  const int64_t keys = w.copies_keys ? heads * cache_capacity(params) * params.H * 2 : 0;
-  w.q = align(heads * 4);
-  w.k = w.q + align(queries);
-  w.v = w.k + align(keys);
-  w.bytes = w.v + align(keys);
-  return w;
-}
 
 // Appends the new tokens, rotates the queries into `q` if that is not null, and writes how many keys each sequence has.
 template <class Element>
@@ -118,10 +97,6 @@ cudaError_t enqueue(const KvcacheParams& params, const Workspace& w, cudaStream_
 }
 
 }  // namespace
-
-bool wanted(const KvcacheParams& params) {
-  return static_cast<int64_t>(params.T) * params.G > kRows && params.workspace_bytes >= workspace_bytes(params);
-}
 
 int64_t workspace_bytes(const KvcacheParams& params) { return make_workspace(params).bytes; }
 

@@ -11,10 +11,6 @@
 
 namespace jax_flash::prefill {
 
-// Whether this way is the faster one and the workspace has room for it. (Whoever plans the workspace leaves none where
-// the copies would be too large; decode::launch takes every call.)
-bool wanted(const KvcacheParams& params);
-
 int64_t workspace_bytes(const KvcacheParams& params);
 
 // Enqueues what comes before the forward call, and says what that is.

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kStatsThreads) backward_stats_kernel(const __g
   const int i0 = blockIdx.x % blocks * kStatsRows;
   const int64_t N = args.shape.K * args.shape.G;
   const int64_t b = head / N, n = head % N;
-  const Band band = make_band(args.shape, args.band, b, n / args.shape.G);
+  const DiagonalBand band = make_diagonal_band(args.shape, args.band, b, n / args.shape.G);
   const int column = threadIdx.x % kLanes * 8;
 
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.next_block = 0;

@@ -219,8 +219,9 @@ __device__ __forceinline__ void probabilities(const BackwardArguments& args, con
   }
   if (m < tiles.full_begin || m >= tiles.full_end) {
     const int32_t first = m * C::kM + lane % 4 * 2;
-    const int begin[2] = {work.band.query_begin(key) - first, work.band.query_begin(key + 8) - first};
-    const int end[2] = {work.band.query_end(key) - first, work.band.query_end(key + 8) - first};
+    const DiagonalBand& band = work.band;
+    const int begin[2] = {band.query_begin(key) - first, band.query_begin(key + 8) - first};
+    const int end[2] = {band.query_end(key) - first, band.query_end(key + 8) - first};
     keep_columns(s, begin, end, kCapped ? kHiddenTanh : 0.0f);
   }
 #pragma unroll

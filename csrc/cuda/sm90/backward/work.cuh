@@ -8,9 +8,9 @@ namespace jax_flash::sm90 {
 
 // A key block and the query tiles that it meets: tile m of group member g, member by member.
 struct BackwardWork {
-  int32_t b, kh;  // sequence, KV head
-  int32_t n0;     // first key
-  Band band;
+  int32_t b, kh;      // sequence, KV head
+  int32_t n0;         // first key
+  DiagonalBand band;  // no tables of ranges: they would cost registers that all calls lack
   BlockRange tiles;
   int32_t count;        // tiles to walk, over the whole group
   int32_t first_short;  // the first query tile that passes the sequence's length but not the array's
@@ -35,7 +35,7 @@ struct BackwardWork {
     const int32_t n = rest < 0 ? cluster % args.key_blocks : rest / args.last_heads;
     const int32_t first = (last_first(args) ? args.key_blocks - 1 - n : n) * kSumKeys;
     w.n0 = first + rank * C::kN;
-    w.band = make_band(args.shape, args.band, w.b, w.kh);
+    w.band = make_diagonal_band(args.shape, args.band, w.b, w.kh);
     // The blocks of a cluster walk together, over what any of them sees.
     w.tiles = query_blocks(w.band, w.n0, w.n0 + C::kN, C::kM);
     const BlockRange all = query_blocks(w.band, first, first + kSumKeys, C::kM);

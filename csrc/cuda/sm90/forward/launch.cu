@@ -1,4 +1,4 @@
-// Which calls the Hopper forward takes, and which of its kernels takes them.
+// Which of the Hopper forward's kernels a call gets.
 #include "cuda/instances.h"
 #include "cuda/sm90/launch.h"
 
@@ -7,13 +7,6 @@ namespace jax_flash::sm90 {
 // Its explicit instances are made of cuda/instance.cu.in.
 template <class Element, int kHeadDim>
 cudaError_t launch_instance(const ForwardParams& params, const Device& device, cudaStream_t stream);
-
-bool accepts_forward(const ForwardParams& params, const Device& device) {
-  const bool type = params.dtype == DType::kFloat16 || params.dtype == DType::kBFloat16;
-  // TMA wants rows of a multiple of 16 bytes.
-  const bool head_dim = params.shape.H > 0 && params.shape.H <= 256 && params.shape.H % 8 == 0;
-  return device.compute_capability == 90 && type && head_dim && !params.mask.words;
-}
 
 cudaError_t forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   const Shape& shape = params.shape;

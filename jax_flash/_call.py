@@ -1,0 +1,102 @@
+"""From checked arrays of the API to a call: the operands that the table wants, and the public order of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash import _derivative, _primitive, _sharding, _validate
+from jax_flash._operands import merge_heads, split_heads
+from jax_flash._spec import Spec
+
+
+def attend(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The output (B, T, N, H) and the log-sum-exp (B, N, T), all without B where q has none.
+
+    arrays: q, k, v, and as far as the call has them mask, q_lengths and kv_lengths, as `attention` takes them.
+    """
+    return _attend(*_positive_scale(spec, arrays))
+
+
+def _positive_scale(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[Spec, dict[str, jax.Array]]:
+    """jax.nn takes a scale of any sign; the kernels' largest score is that of the largest product."""
+    if spec.softmax_scale > 0:
+        return spec, arrays
+    sign, scale = (-1, -spec.softmax_scale) if spec.softmax_scale < 0 else (0, 1.0)
+    return dataclasses.replace(spec, softmax_scale=scale), arrays | {"q": arrays["q"] * sign}
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _attend(spec: Spec, arrays: dict[str, jax.Array]):
+    """One compiled computation when called outside jit, and no call of its own inside."""
+    q, k, v = (arrays[name] for name in "qkv")
+    if q.ndim == 3:
+        out, lse = _attend(spec, {name: x[None] for name, x in arrays.items()})
+        return out[0], lse[0]
+    if any(isinstance(size, int) and size == 0 for size in (*q.shape, k.shape[1])):  # no query, or no key for any
+        return jnp.zeros_like(q), jnp.full_like(q[..., 0].swapaxes(1, 2), -jnp.inf, dtype=jnp.float32)
+    k, v = _sharding.split_like_queries(q, k, v)
+    operands = {"q": q, "k": k, "v": v}
+    if "mask" in arrays:
+        operands["mask"] = _pack_mask(arrays["mask"], q, k)
+    for name in ("q_lengths", "kv_lengths"):
+        if name in arrays:
+            lengths = _validate.int32(arrays[name])
+            operands[name] = jnp.broadcast_to(lengths[:, None], (lengths.shape[0], k.shape[2]))
+    return _derivative.attend(spec, _sharding.vary_together(operands))
+
+
+def _pack_mask(mask, q, k):
+    """A boolean mask to bits, 32 keys a word, before it is spread over B and K: what T and G share stays shared."""
+    (B, _, N, _), (S, K) = q.shape, k.shape[1:3]
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    b, n, t, _ = mask.shape
+    words = (S + 31) // 32
+    mask = jnp.broadcast_to(mask, (b, n, t, S))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, words * 32 - S))).reshape(b, n, t, words, 32)
+    bits = mask.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 1, 1, 32)
+    packed = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
+    packed = packed.reshape(b, *((K, N // K) if n == N and n > 1 else (1, 1)), t, words)
+    return jnp.broadcast_to(packed, (B, K, *packed.shape[2:]))
+
+
+# The API's names of what flash_attn_with_kvcache takes, and the table's.
+_OF_CACHE = {
+    "q": "q",
+    "k_cache": "k_cache",
+    "v_cache": "v_cache",
+    "k": "k_new",
+    "v": "v_new",
+    "cache_seqlens": "lengths",
+    "cache_batch_idx": "batch_index",
+    "cache_leftpad": "leftpad",
+    "block_table": "block_table",
+    "rotary_cos": "cos",
+    "rotary_sin": "sin",
+}
+
+
+def attend_to_cache(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The output (B, T, N, H) and the log-sum-exp (B, N, T), and if there is something to append the updated caches."""
+    return _attend_to_cache(*_positive_scale(spec, arrays))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _attend_to_cache(spec: Spec, arrays: dict[str, jax.Array]):
+    operands = {_OF_CACHE[name]: x for name, x in arrays.items()}
+    for name in ("lengths", "batch_index", "leftpad", "block_table"):
+        if name in operands:
+            # As it is where it is int32: the kernels look at every value themselves.
+            operands[name] = _validate.int32(operands[name])
+    if "k_new" in operands and operands["k_new"].shape[1] == 0:
+        del operands["k_new"], operands["v_new"]
+    per_kv_head = [name for name in ("k_cache", "v_cache", "k_new", "v_new") if name in operands]
+    split = _sharding.split_like_queries(operands["q"], *(operands[name] for name in per_kv_head))
+    operands |= zip(per_kv_head, split, strict=True)
+    operands["q"] = split_heads("q", operands["q"], operands["k_cache"].shape[2])
+    results = _primitive.bind("kvcache", spec, _sharding.vary_together(operands))
+    caches = (_sharding.join(results[name], arrays[name]) for name in ("k_cache", "v_cache") if name in results)
+    return merge_heads("o", results["o"]), merge_heads("lse", results["lse"]), *caches

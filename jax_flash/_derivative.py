@@ -1,0 +1,50 @@
+"""The derivative of attention: a reverse-mode rule over a spec and a dict of operands, with gradients by the table."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from jax_flash import _primitive
+from jax_flash._operands import TABLE, merge_heads, split_heads
+from jax_flash._spec import Spec
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The output (B, T, N, H) and the log-sum-exp (B, N, T). q, k and v are the API's arrays, the rest as the table
+    has it."""
+    results = _primitive.bind("forward", spec, operands | {"q": split_heads("q", operands["q"], _kv_heads(operands))})
+    return merge_heads("o", results["o"]), merge_heads("lse", results["lse"])
+
+
+def _attend_forward(spec: Spec, operands):
+    operands = {name: x.value for name, x in operands.items()}
+    out, lse = attend(spec, operands)
+    # Named here, where they are both results and residuals, so that saving them spares the kernel a second run.
+    out, lse = checkpoint_name(out, "jax_flash_out"), checkpoint_name(lse, "jax_flash_lse")
+    return (out, lse), operands | {"o": out, "lse": lse}
+
+
+def _attend_backward(spec: Spec, residuals, cotangents):
+    d_out, d_lse = cotangents
+    arrays = residuals | {"do": jnp.zeros_like(residuals["o"]) if isinstance(d_out, SymbolicZero) else d_out}
+    if not isinstance(d_lse, SymbolicZero):
+        arrays["dlse"] = d_lse
+    per_head = ("q", "o", "do", "lse", "dlse")
+    K = _kv_heads(residuals)
+    arrays |= {name: split_heads(name, arrays[name], K) for name in per_head if name in arrays}
+    results = _primitive.bind("backward", spec, arrays)
+    results["dq"] = merge_heads("dq", results["dq"])
+    return ({name: results.get(TABLE[name].gradient) for name in residuals if name not in ("o", "lse")},)
+
+
+def _kv_heads(operands) -> int:
+    return operands["k"].shape[2]
+
+
+attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -101,6 +101,72 @@ def test_is_causal_is_aligned_to_the_top_left(queries, keys):
         assert_close(attention_fn(q, k, v, mask=each, is_causal=True), theirs)
 
 
+def by_definition(q, k, v, mask=None, is_causal=False, window=(None, None), softcap=None, scale=None, lengths=(None,)):
+    """What attention_fn computes with its own arguments, in NumPy, from all scores; lengths: of queries, of keys."""
+    q, k, v = (np.asarray(x) for x in (q, k, v))
+    (T, N), (S, K) = q.shape[-3:-1], k.shape[-3:-1]
+    k, v = (np.repeat(x, N // K, axis=-2) for x in (k, v))
+    score = np.einsum("...tnh,...snh->...nts", q, k) * (scale or q.shape[-1] ** -0.5)
+    score = softcap * np.tanh(score / softcap) if softcap else score
+    i, j = np.arange(T)[:, None], np.arange(S)[None]
+    sees = np.ones_like(score, bool) if mask is None else np.broadcast_to(mask, score.shape)
+    if window[0] is not None:
+        sees = sees & (j >= i - window[0])
+    if window[1] is not None:
+        sees = sees & (j <= i + window[1])
+    if is_causal:
+        sees = sees & (j <= i)
+    for n, index in zip(lengths, (i, j), strict=False):
+        sees = sees if n is None else sees & (index < np.asarray(n)[..., None, None, None])
+    weight = np.where(sees, np.exp(score), 0)
+    total = weight.sum(-1, keepdims=True)
+    return np.einsum("...nts,...snh->...tnh", weight / np.where(total > 0, total, 1), v)
+
+
+@in_float32
+@pytest.mark.parametrize("window", [None, 3, (2, None), (4, 1), (None, 2)], ids=str)
+@pytest.mark.parametrize("queries, keys", [(9, 9), (7, 12), (11, 9)])
+def test_window_softcap_scale_and_lengths(queries, keys, window):
+    ours = dict(window_size=window, softcap=3.0, softmax_scale=0.5)
+    pair = window if isinstance(window, tuple) else (window, window)
+    theirs = dict(window=pair, softcap=3.0, scale=0.5)
+    mask = jax.random.bernoulli(jax.random.key(9), 0.8, (HEADS, queries, keys))
+    for batch, mask, is_causal, which in (  # noqa: B020
+        ((), None, True, "none"),
+        ((3,), mask, False, "none"),
+        ((3,), None, False, "queries"),
+        ((3,), None, True, "keys"),
+        ((2, 3), mask, True, "both"),
+        ((3,), None, True, "the same"),
+        ((2, 3), None, False, "the same"),
+    ):
+        q, k, v = (inputs(*batch, n, heads, 8, seed=heads) for n, heads in ((queries, HEADS), (keys, 2), (keys, 2)))
+        short = jax.random.randint(jax.random.key(8), batch, 0, 6, "int32")
+        q_lengths = None if which in ("none", "keys") else short
+        kv_lengths = short if which == "the same" else short + 2 if which in ("keys", "both") else None
+        out = attention_fn(q, k, v, None, mask, is_causal=is_causal, q_lengths=q_lengths, kv_lengths=kv_lengths, **ours)
+        expected = by_definition(q, k, v, mask, is_causal, lengths=(q_lengths, kv_lengths), **theirs)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5, err_msg=which)
+
+
+@in_float32
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_partial_reaches_both_layers(kind):
+    lengths = jnp.array([LENGTH, 7])
+    attention = functools.partial(attention_fn, window_size=(4, 0), softcap=2.0, kv_lengths=lengths)
+    oracle = functools.partial(by_definition, window=(4, 0), softcap=2.0, lengths=(None, lengths))
+
+    def by_oracle(q, k, v, **_):
+        return jnp.asarray(oracle(q, k, v))
+
+    if kind == "nnx":
+        assert_close(nnx_layer(attention)(inputs()), nnx_layer(by_oracle)(inputs()))
+    else:
+        variables = linen_layer(attention).init(jax.random.key(2), inputs())
+        run = lambda f: linen_layer(f).apply(variables, inputs())  # noqa: E731
+        assert_close(run(attention), run(by_oracle))
+
+
 @in_float32
 @pytest.mark.parametrize(
     "axes, mask_shape",
@@ -305,6 +371,9 @@ def refusals():
         "einsum": (NotImplementedError, "einsum", lambda: attention_fn(x, x, x, qk_attn_weights_einsum=jnp.einsum)),
         "ranks": (ValueError, r"\(5, 4, 8\)", lambda: attention_fn(x, x[0], x)),
         "batches": (ValueError, "batch", lambda: attention_fn(x, x[:1], x[:1])),
+        "lengths": (ValueError, "kv_lengths.*batch", lambda: attention_fn(x, x, x, kv_lengths=jnp.ones((3,), int))),
+        "window": (ValueError, "attention_fn: window_size", lambda: attention_fn(x, x, x, window_size=-1)),
+        "far": (NotImplementedError, "leave out", lambda: attention_fn(x, x[:, :2], x[:, :2], window_size=1)),
         "mask-rank": (ValueError, "mask", lambda: attention_fn(x, x, x, mask=jnp.ones((1, 1, 1, 5, 5)))),
         "linen-dropout": (
             NotImplementedError,

@@ -15,6 +15,7 @@ from compare import close
 flax = pytest.importorskip("flax")
 
 from flax import linen, nnx  # noqa: E402
+from flax_oracle import by_definition  # noqa: E402
 
 from jax_flash.flax import attention_fn  # noqa: E402
 
@@ -99,28 +100,6 @@ def test_is_causal_is_aligned_to_the_top_left(queries, keys):
     for each in (None, mask):
         theirs = nnx.dot_product_attention(q, k, v, mask=each, is_causal=True)
         assert_close(attention_fn(q, k, v, mask=each, is_causal=True), theirs)
-
-
-def by_definition(q, k, v, mask=None, is_causal=False, window=(None, None), softcap=None, scale=None, lengths=(None,)):
-    """What attention_fn computes with its own arguments, in NumPy, from all scores; lengths: of queries, of keys."""
-    q, k, v = (np.asarray(x) for x in (q, k, v))
-    (T, N), (S, K) = q.shape[-3:-1], k.shape[-3:-1]
-    k, v = (np.repeat(x, N // K, axis=-2) for x in (k, v))
-    score = np.einsum("...tnh,...snh->...nts", q, k) * (scale or q.shape[-1] ** -0.5)
-    score = softcap * np.tanh(score / softcap) if softcap else score
-    i, j = np.arange(T)[:, None], np.arange(S)[None]
-    sees = np.ones_like(score, bool) if mask is None else np.broadcast_to(mask, score.shape)
-    if window[0] is not None:
-        sees = sees & (j >= i - window[0])
-    if window[1] is not None:
-        sees = sees & (j <= i + window[1])
-    if is_causal:
-        sees = sees & (j <= i)
-    for n, index in zip(lengths, (i, j), strict=False):
-        sees = sees if n is None else sees & (index < np.asarray(n)[..., None, None, None])
-    weight = np.where(sees, np.exp(score), 0)
-    total = weight.sum(-1, keepdims=True)
-    return np.einsum("...nts,...snh->...tnh", weight / np.where(total > 0, total, 1), v)
 
 
 @in_float32

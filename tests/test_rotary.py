@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import kvcache_oracle
 import numpy as np
 import pytest
+from rotary_oracle import angles
 
 from jax_flash import attention, cache, flash_attn_with_kvcache
 from jax_flash.rotary import Linear, Llama3, Rotary, rotate
@@ -20,26 +19,6 @@ SCALINGS = {"none": None, "linear": Linear(4.0), "llama3": Llama3(original_max_p
 
 def normal(*shape, seed=0, dtype="float32"):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def angles(rotary, positions, head_dim=H):
-    """In float64, from the definitions, one frequency at a time."""
-    dim = rotary.rotary_dim or head_dim
-    frequencies = []
-    for i in range(dim // 2):
-        frequency = rotary.base ** (-2 * i / dim)
-        if isinstance(rotary.scaling, Linear):
-            frequency /= rotary.scaling.factor
-        elif isinstance(rotary.scaling, Llama3):
-            s = rotary.scaling
-            wavelength, context = 2 * math.pi / frequency, s.original_max_position_embeddings
-            if wavelength > context / s.low_freq_factor:
-                frequency /= s.factor
-            elif wavelength > context / s.high_freq_factor:
-                ramp = (context / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-                frequency *= ramp + (1 - ramp) / s.factor
-        frequencies.append(frequency)
-    return np.asarray(positions, np.float64)[..., None] * np.array(frequencies)
 
 
 @pytest.mark.parametrize("positions", ["counted", "given", "given for each sequence"])
@@ -54,7 +33,7 @@ def test_turns_by_the_angles_of_the_definition(interleaved, scaling, rotary_dim,
         "given for each sequence": jax.random.randint(jax.random.key(1), (B, T), 0, 1000, jnp.int32),
     }[positions]
     x = normal(B, T, N, H)
-    angle = angles(rotary, np.arange(T) if at is None else at)
+    angle = angles(rotary, np.arange(T) if at is None else at, H)
     angle = np.broadcast_to(angle, (B, T, angle.shape[-1]))[:, :, None]
     expected = kvcache_oracle.rotate(np.asarray(x, np.float64), np.cos(angle), np.sin(angle), interleaved)
     # A float32 angle of 1000 is off by up to 6e-5.

@@ -1,0 +1,224 @@
+"""What both MultiHeadAttention layers compute: all but the parameters and the variables, which Flax's two APIs keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_flash.cache import PageTable
+from jax_flash.flax._attention_fn import attention_fn
+from jax_flash.kvcache import flash_attn_with_kvcache
+from jax_flash.rotary import Rotary
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisNames:
+    """Logical names of the axes of a layer's parameters and cache, for Flax's logical axis rules.
+
+    ===================  =======================================
+    query's kernel       (embed, heads, head_dim)
+    key's and value's    (embed, kv_heads, head_dim)
+    out's kernel         (heads, head_dim, embed)
+    a norm's scale       (head_dim,)
+    contiguous cache     (batch, None, kv_heads, head_dim)
+    paged cache          (None, None, kv_heads, head_dim)
+    ===================  =======================================
+
+    >>> from jax_flash.flax import AxisNames
+    >>> AxisNames(embed="fsdp").kernel("key")
+    ('fsdp', 'kv_heads', 'head_dim')
+    """
+
+    batch: str | None = "batch"
+    embed: str | None = "embed"
+    heads: str | None = "heads"
+    kv_heads: str | None = "kv_heads"
+    head_dim: str | None = "head_dim"
+
+    def kernel(self, projection: str) -> tuple[str | None, ...]:
+        """The axes of the kernel of "query", "key", "value" or "out"."""
+        heads = self.heads if projection in ("query", "out") else self.kv_heads
+        if projection == "out":
+            return (heads, self.head_dim, self.embed)
+        return (self.embed, heads, self.head_dim)
+
+    def bias(self, projection: str) -> tuple[str | None, ...]:
+        """The axes of its bias."""
+        return self.kernel(projection)[2 if projection == "out" else 1 :]
+
+    def cache(self, paged: bool) -> tuple[str | None, ...]:
+        """The axes of the cached keys and values."""
+        return (None if paged else self.batch, None, self.kv_heads, self.head_dim)
+
+
+class Options(NamedTuple):
+    """How a layer attends; its arguments of the same names."""
+
+    rotary: Rotary | None
+    window_size: int | tuple[int | None, int | None] | None
+    softcap: float | None
+    softmax_scale: float | None
+
+
+class Projections(NamedTuple):
+    """A layer's submodules, as functions; the norms may be None."""
+
+    query: Callable[[Array], Array]  # (..., T, features) to (..., T, N, H)
+    key: Callable[[Array], Array]  # (..., S, features) to (..., S, K, H)
+    value: Callable[[Array], Array]
+    out: Callable[[Array], Array]  # (..., T, N, H) to (..., T, features)
+    query_norm: Callable[[Array], Array] | None
+    key_norm: Callable[[Array], Array] | None
+
+
+class Cache(NamedTuple):
+    """The keys and values so far; see jax_flash.cache."""
+
+    key: Array  # (B, S, K, H), or paged (num_pages, page_size, K, H)
+    value: Array
+    index: Array | None  # (B,) int32, the tokens that each sequence holds; None: paged, and the page table knows
+
+
+def head_sizes(
+    num_heads: int, num_kv_heads: int | None, in_features: int, qkv_features: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """(number of KV heads, head dim), from a layer's arguments."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"MultiHeadAttention: num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}"
+        )
+    features = in_features if qkv_features is None else qkv_features
+    if head_dim is None:
+        if features % num_heads:
+            raise ValueError(
+                f"MultiHeadAttention: num_heads must divide qkv_features (default: the input's features), or head_dim "
+                f"must be given; got {num_heads} and {features}"
+            )
+        head_dim = features // num_heads
+    elif qkv_features not in (None, num_heads * head_dim):
+        raise ValueError(
+            f"MultiHeadAttention: qkv_features, if given beside head_dim, must be num_heads * head_dim = "
+            f"{num_heads * head_dim}; got {qkv_features}"
+        )
+    return num_kv_heads, head_dim
+
+
+def multi_head_attention(
+    options: Options,
+    projections: Projections,
+    inputs_q: Array,
+    inputs_k: Array | None,
+    inputs_v: Array | None,
+    cache: Cache | None,
+    *,
+    mask: Array | None,
+    is_causal: bool,
+    input_positions: Array | None,
+    q_lengths: Array | None,
+    kv_lengths: Array | None,
+    page_table: PageTable | None,
+) -> tuple[Array, Cache | None]:
+    """The layer's output, and the cache after it if there is one."""
+    if inputs_k is None:
+        if inputs_v is not None:
+            raise ValueError("MultiHeadAttention: inputs_v needs inputs_k; to use one array for both, give inputs_k")
+        if cache is None:  # queries and keys are the same tokens, so one of the lengths says both
+            q_lengths = kv_lengths if q_lengths is None else q_lengths
+            kv_lengths = q_lengths if kv_lengths is None else kv_lengths
+        inputs_k = inputs_q
+    inputs_v = inputs_k if inputs_v is None else inputs_v
+    if cache is not None:
+        _check_decode(inputs_q, inputs_k, cache, mask, kv_lengths, page_table)
+        held = cache.index if page_table is None else page_table.lengths
+        if input_positions is None:
+            input_positions = held[:, None] + jnp.arange(inputs_q.shape[1], dtype=jnp.int32)[None]
+
+    query, key, value = projections.query(inputs_q), projections.key(inputs_k), projections.value(inputs_v)
+    if projections.query_norm is not None:
+        query, key = projections.query_norm(query), projections.key_norm(key)
+    if options.rotary is not None:
+        if query.shape[-3] != key.shape[-3]:
+            raise ValueError(
+                "MultiHeadAttention: rotary needs queries and keys at the same positions, so of the same length; "
+                f"got inputs_q {inputs_q.shape}, inputs_k {inputs_k.shape}"
+            )
+        query, key = (options.rotary(x, input_positions) for x in (query, key))
+    # Named as attention wants them, so that a backward pass that finds them saved need not project again.
+    query, key, value = (
+        checkpoint_name(x, name) for x, name in ((query, "query_proj"), (key, "key_proj"), (value, "value_proj"))
+    )
+    if cache is None:
+        out = attention_fn(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=is_causal,
+            q_lengths=q_lengths,
+            kv_lengths=kv_lengths,
+            window_size=options.window_size,
+            softcap=options.softcap,
+            softmax_scale=options.softmax_scale,
+        )
+    else:
+        out, cache = _append_and_attend(options, query, key, value, cache, held, q_lengths, page_table)
+    return checkpoint_name(projections.out(out), "out_proj"), cache
+
+
+def _append_and_attend(options, query, key, value, cache, held, q_lengths, page_table):
+    """One call of the cache's kernel. Every argument (B, T, heads, H); held (B,): the tokens before these."""
+    T, dtype = query.shape[1], query.dtype
+    new = T if q_lengths is None else jnp.clip(q_lengths, 0, T).astype(jnp.int32)
+    block_table = None if page_table is None else page_table.block_table
+    capacity = cache.key.shape[1] * (1 if block_table is None else block_table.shape[1])
+    # The kernel drops what has no place, and would then take the last query for the last token that has one. What a
+    # device finds out cannot raise an error: not-a-number at least says that something is wrong.
+    overflows = (held + T > capacity) & (new > 0)
+    query = jnp.where(overflows[:, None, None, None], jnp.nan, query)
+    query, key, value = (x.astype(cache.key.dtype) for x in (query, key, value))
+    out, *cached = flash_attn_with_kvcache(
+        query,
+        cache.key,
+        cache.value,
+        key,
+        value,
+        cache_seqlens=held,
+        block_table=block_table,
+        causal=True,
+        window_size=options.window_size,
+        softcap=options.softcap,
+        softmax_scale=options.softmax_scale,
+    )
+    if q_lengths is not None:
+        valid = jnp.arange(T, dtype=jnp.int32)[None] < new[:, None]
+        out = jnp.where(valid[..., None, None], out, 0)
+    return out.astype(dtype), Cache(*cached, None if cache.index is None else cache.index + new)
+
+
+def _check_decode(inputs_q, inputs_k, cache, mask, kv_lengths, page_table) -> None:
+    if inputs_q.ndim != 3 or inputs_k.shape[:2] != inputs_q.shape[:2]:
+        raise ValueError(
+            "MultiHeadAttention: with a cache, inputs_q must be (B, T, features) and inputs_k, if given, hold the same "
+            f"T new tokens; got {inputs_q.shape} and {inputs_k.shape}"
+        )
+    if mask is not None:
+        raise NotImplementedError(
+            "MultiHeadAttention: a mask together with a cache is not supported; a cache is always causal, and "
+            "q_lengths says which of the new tokens are padding"
+        )
+    if kv_lengths is not None:
+        raise ValueError("MultiHeadAttention: the cache knows its kv_lengths; q_lengths counts the valid new tokens")
+    if (page_table is None) != (cache.index is not None):
+        has = "contiguous, which takes none" if page_table is not None else "paged, which needs one"
+        raise ValueError(f"MultiHeadAttention: page_table does not fit the cache, which is {has}")
+    sequences = cache.index.shape[0] if page_table is None else page_table.lengths.shape[0]
+    if inputs_q.shape[0] != sequences:
+        raise ValueError(f"MultiHeadAttention: the cache is for {sequences} sequences; got inputs_q {inputs_q.shape}")

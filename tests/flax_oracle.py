@@ -95,7 +95,7 @@ def randomized(params):
 class Decoder:
     """A layer with a cache, called step by step under jit. `page_table`: a paged one; else for `shape`."""
 
-    def __init__(self, kind, params, shape, page_table=None, dtype=None, **options):
+    def __init__(self, kind, params, shape, page_table=None, cache_dtype=None, **options):
         if kind == "nnx":
             layer = jax_flash.flax.nnx.MultiHeadAttention(
                 in_features=shape[-1], decode=True, **options, rngs=nnx.Rngs(0)
@@ -104,12 +104,12 @@ class Decoder:
             nnx.replace_by_pure_dict(state, params)
             nnx.update(layer, state)
             if page_table is None:
-                layer.init_cache(shape, dtype)
+                layer.init_cache(shape, cache_dtype)
             else:
-                layer.init_paged_cache(page_table.references.shape[0], page_table.page_size, dtype)
+                layer.init_paged_cache(page_table.references.shape[0], page_table.page_size, cache_dtype)
             self.graph, self.cache, self.rest = nnx.split(layer, nnx.Cache, ...)
         else:
-            self.layer = jax_flash.flax.linen.MultiHeadAttention(decode=True, cache_dtype=dtype, **options)
+            self.layer = jax_flash.flax.linen.MultiHeadAttention(decode=True, cache_dtype=cache_dtype, **options)
             variables = self.layer.init(jax.random.key(0), jnp.zeros(shape), page_table=page_table)
             self.cache, self.rest = variables["cache"], params
         self.step = jax.jit(self._nnx_step if kind == "nnx" else self._linen_step, donate_argnums=0)

@@ -127,20 +127,34 @@ def multi_head_attention(
     page_table: PageTable | None,
 ) -> tuple[Array, Cache | None]:
     """The layer's output, and the cache after it if there is one."""
-    if inputs_k is None:
-        if inputs_v is not None:
-            raise ValueError("MultiHeadAttention: inputs_v needs inputs_k; to use one array for both, give inputs_k")
-        if cache is None:  # queries and keys are the same tokens, so one of the lengths says both
-            q_lengths = kv_lengths if q_lengths is None else q_lengths
-            kv_lengths = q_lengths if kv_lengths is None else kv_lengths
-        inputs_k = inputs_q
-    inputs_v = inputs_k if inputs_v is None else inputs_v
+    if inputs_k is None and inputs_v is not None:
+        raise ValueError("MultiHeadAttention: inputs_v needs inputs_k; to use one array for both, give inputs_k")
+    keys = inputs_q if inputs_k is None else inputs_k
+    inputs = (inputs_q, keys, keys if inputs_v is None else inputs_v)
     if cache is not None:
-        _check_decode(inputs_q, inputs_k, cache, mask, kv_lengths, page_table)
-        held = cache.index if page_table is None else page_table.lengths
-        if input_positions is None:
-            input_positions = held[:, None] + jnp.arange(inputs_q.shape[1], dtype=jnp.int32)[None]
+        _check_decode(inputs_q, keys, cache, mask, q_lengths, kv_lengths, page_table)
+        return _with_cache(options, projections, inputs, cache, input_positions, q_lengths, page_table)
+    if page_table is not None:
+        raise ValueError("MultiHeadAttention: page_table is for a cache; it needs decode=True")
+    if inputs_k is None:  # queries and keys are the same tokens, so one of the lengths says both
+        q_lengths = kv_lengths if q_lengths is None else q_lengths
+        kv_lengths = q_lengths if kv_lengths is None else kv_lengths
+    out = attention_fn(
+        *_project(options, projections, inputs, input_positions),
+        mask=mask,
+        is_causal=is_causal,
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
+        window_size=options.window_size,
+        softcap=options.softcap,
+        softmax_scale=options.softmax_scale,
+    )
+    return checkpoint_name(projections.out(out), "out_proj"), None
 
+
+def _project(options, projections, inputs, positions):
+    """Queries, keys and values as attention wants them, (..., T, heads, H)."""
+    inputs_q, inputs_k, inputs_v = inputs
     query, key, value = projections.query(inputs_q), projections.key(inputs_k), projections.value(inputs_v)
     if projections.query_norm is not None:
         query, key = projections.query_norm(query), projections.key_norm(key)
@@ -150,40 +164,23 @@ def multi_head_attention(
                 "MultiHeadAttention: rotary needs queries and keys at the same positions, so of the same length; "
                 f"got inputs_q {inputs_q.shape}, inputs_k {inputs_k.shape}"
             )
-        query, key = (options.rotary(x, input_positions) for x in (query, key))
-    # Named as attention wants them, so that a backward pass that finds them saved need not project again.
-    query, key, value = (
-        checkpoint_name(x, name) for x, name in ((query, "query_proj"), (key, "key_proj"), (value, "value_proj"))
-    )
-    if cache is None:
-        out = attention_fn(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=is_causal,
-            q_lengths=q_lengths,
-            kv_lengths=kv_lengths,
-            window_size=options.window_size,
-            softcap=options.softcap,
-            softmax_scale=options.softmax_scale,
-        )
+        query, key = options.rotary(query, positions), options.rotary(key, positions)
+    # Named here, so that a backward pass that finds them saved need not project, norm and turn again.
+    names = ("query_proj", "key_proj", "value_proj")
+    return [checkpoint_name(x, name) for x, name in zip((query, key, value), names, strict=True)]
+
+
+def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_table):
+    """Appends T tokens to the cache, and attends from them to all that it then holds, in one call of its kernel."""
+    T, S = inputs[0].shape[1], cache.key.shape[1]
+    if page_table is None:
+        held, block_table, capacity = cache.index, None, S
     else:
-        out, cache = _append_and_attend(options, query, key, value, cache, held, q_lengths, page_table)
-    return checkpoint_name(projections.out(out), "out_proj"), cache
-
-
-def _append_and_attend(options, query, key, value, cache, held, q_lengths, page_table):
-    """One call of the cache's kernel. Every argument (B, T, heads, H); held (B,): the tokens before these."""
-    T, dtype = query.shape[1], query.dtype
-    new = T if q_lengths is None else jnp.clip(q_lengths, 0, T).astype(jnp.int32)
-    block_table = None if page_table is None else page_table.block_table
-    capacity = cache.key.shape[1] * (1 if block_table is None else block_table.shape[1])
-    # The kernel drops what has no place, and would then take the last query for the last token that has one. What a
-    # device finds out cannot raise an error: not-a-number at least says that something is wrong.
-    overflows = (held + T > capacity) & (new > 0)
-    query = jnp.where(overflows[:, None, None, None], jnp.nan, query)
-    query, key, value = (x.astype(cache.key.dtype) for x in (query, key, value))
+        held, block_table, capacity = page_table.lengths, page_table.block_table, S * page_table.block_table.shape[1]
+    token = jnp.arange(T, dtype=jnp.int32)[None]
+    # Turned here rather than by the kernel: that wants tables of all positions, which somebody would have to keep.
+    projected = _project(options, projections, inputs, held[:, None] + token if positions is None else positions)
+    query, key, value = (x.astype(cache.key.dtype) for x in projected)
     out, *cached = flash_attn_with_kvcache(
         query,
         cache.key,
@@ -197,13 +194,20 @@ def _append_and_attend(options, query, key, value, cache, held, q_lengths, page_
         softcap=options.softcap,
         softmax_scale=options.softmax_scale,
     )
+    # The kernel drops tokens that do not fit and takes the last query for the last token that does, so the others would
+    # see too little. What only the device knows cannot raise an error: not-a-number says that something is wrong.
+    lost = held + T > capacity
+    new = T
     if q_lengths is not None:
-        valid = jnp.arange(T, dtype=jnp.int32)[None] < new[:, None]
-        out = jnp.where(valid[..., None, None], out, 0)
-    return out.astype(dtype), Cache(*cached, None if cache.index is None else cache.index + new)
+        new = jnp.clip(q_lengths, 0, T).astype(jnp.int32)
+        out = jnp.where((token < new[:, None])[..., None, None], out, 0)
+        lost &= new > 0
+    out = projections.out(out.astype(projected[0].dtype))
+    index = None if cache.index is None else cache.index + new
+    return jnp.where(lost[:, None, None], jnp.nan, out), Cache(*cached, index)
 
 
-def _check_decode(inputs_q, inputs_k, cache, mask, kv_lengths, page_table) -> None:
+def _check_decode(inputs_q, inputs_k, cache, mask, q_lengths, kv_lengths, page_table) -> None:
     if inputs_q.ndim != 3 or inputs_k.shape[:2] != inputs_q.shape[:2]:
         raise ValueError(
             "MultiHeadAttention: with a cache, inputs_q must be (B, T, features) and inputs_k, if given, hold the same "
@@ -222,3 +226,5 @@ def _check_decode(inputs_q, inputs_k, cache, mask, kv_lengths, page_table) -> No
     sequences = cache.index.shape[0] if page_table is None else page_table.lengths.shape[0]
     if inputs_q.shape[0] != sequences:
         raise ValueError(f"MultiHeadAttention: the cache is for {sequences} sequences; got inputs_q {inputs_q.shape}")
+    if q_lengths is not None and q_lengths.shape != (sequences,):
+        raise ValueError(f"MultiHeadAttention: q_lengths must be ({sequences},) integers; got {q_lengths.shape}")

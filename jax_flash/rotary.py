@@ -158,9 +158,9 @@ class Rotary:
             of a cache of n positions.
           head_dim: H of the queries and keys.
         """
-        if not isinstance(positions, (jax.Array, np.ndarray)):
+        if isinstance(positions, numbers.Integral) or jax.export.is_symbolic_dim(positions):
             positions = jnp.arange(positions)
-        positions = positions.astype(jnp.float32)
+        positions = jnp.asarray(positions).astype(jnp.float32)
         frequencies = self.frequencies(head_dim).reshape((1,) * positions.ndim + (-1,))
         angles = positions[..., None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)

@@ -70,7 +70,7 @@ def of_nnx(layer):
 
 def of_linen(layer, *inputs, seed=0):
     """The same; inputs: for `init`."""
-    params = layer.init(jax.random.key(seed), *inputs)["params"]
+    params = jax.jit(layer.init)(jax.random.key(seed), *inputs)["params"]
     return params, lambda params, *inputs, **options: layer.apply({"params": params}, *inputs, **options)
 
 

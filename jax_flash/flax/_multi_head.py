@@ -95,6 +95,8 @@ def head_sizes(
         raise ValueError(
             f"MultiHeadAttention: num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}"
         )
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"MultiHeadAttention: head_dim must be at least 1; got {head_dim}")
     features = in_features if qkv_features is None else qkv_features
     if head_dim is None:
         if features % num_heads:
@@ -131,6 +133,8 @@ def multi_head_attention(
         raise ValueError("MultiHeadAttention: inputs_v needs inputs_k; to use one array for both, give inputs_k")
     keys = inputs_q if inputs_k is None else inputs_k
     inputs = (inputs_q, keys, keys if inputs_v is None else inputs_v)
+    _check_inputs(options, inputs, input_positions)
+    q_lengths, kv_lengths = (n if n is None else jnp.asarray(n) for n in (q_lengths, kv_lengths))
     if cache is not None:
         _check_decode(inputs_q, keys, cache, mask, q_lengths, kv_lengths, page_table)
         return _with_cache(options, projections, inputs, cache, input_positions, q_lengths, page_table)
@@ -174,9 +178,11 @@ def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_
     """Appends T tokens to the cache, and attends from them to all that it then holds, in one call of its kernel."""
     T, S = inputs[0].shape[1], cache.key.shape[1]
     if page_table is None:
-        held, block_table, capacity = cache.index, None, S
+        held, block_table, capacity, place = cache.index, None, S, S
     else:
-        held, block_table, capacity = page_table.lengths, page_table.block_table, S * page_table.block_table.shape[1]
+        held, block_table = page_table.lengths, page_table.block_table
+        capacity = S * block_table.shape[1]
+        place = S * jnp.sum(block_table >= 0, axis=1, dtype=jnp.int32)
     token = jnp.arange(T, dtype=jnp.int32)[None]
     # Turned here rather than by the kernel: that wants tables of all positions, which somebody would have to keep.
     projected = _project(options, projections, inputs, held[:, None] + token if positions is None else positions)
@@ -194,17 +200,30 @@ def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_
         softcap=options.softcap,
         softmax_scale=options.softmax_scale,
     )
-    # The kernel drops tokens that do not fit and takes the last query for the last token that does, so the others would
-    # see too little. What only the device knows cannot raise an error: not-a-number says that something is wrong.
-    lost = held + T > capacity
     new = T
     if q_lengths is not None:
         new = jnp.clip(q_lengths, 0, T).astype(jnp.int32)
         out = jnp.where((token < new[:, None])[..., None, None], out, 0)
-        lost &= new > 0
+    # Past the capacity the kernel drops tokens, padding too, and takes the last query for the last token that fits, so
+    # the others would see too little; tokens without a page are zeros. What only the device knows cannot raise an
+    # error: not-a-number says that something is wrong.
+    lost = ((held + T > capacity) | (held + new > place)) & (new > 0)
     out = projections.out(out.astype(projected[0].dtype))
     index = None if cache.index is None else cache.index + new
     return jnp.where(lost[:, None, None], jnp.nan, out), Cache(*cached, index)
+
+
+def _check_inputs(options, inputs, input_positions) -> None:
+    shapes = [x.shape for x in inputs]
+    if any(len(shape) < 2 for shape in shapes) or len({shape[:-2] for shape in shapes}) > 1:
+        raise ValueError(
+            "MultiHeadAttention: inputs must be (batch..., length, features) with the same batch axes; got inputs_q "
+            f"{shapes[0]}, inputs_k {shapes[1]}, inputs_v {shapes[2]}"
+        )
+    if options.rotary is not None and not isinstance(options.rotary, Rotary):
+        raise ValueError(f"MultiHeadAttention: rotary must be a jax_flash.rotary.Rotary; got {options.rotary!r}")
+    if options.rotary is None and input_positions is not None:
+        raise ValueError("MultiHeadAttention: input_positions are for the rotary embedding; the layer needs rotary=...")
 
 
 def _check_decode(inputs_q, inputs_k, cache, mask, q_lengths, kv_lengths, page_table) -> None:

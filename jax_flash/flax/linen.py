@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -62,6 +63,7 @@ class MultiHeadAttention(linen.Module):
     """
 
     num_heads: int
+    _: dataclasses.KW_ONLY
     qkv_features: int | None = None
     out_features: int | None = None
     num_kv_heads: int | None = None

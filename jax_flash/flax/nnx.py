@@ -27,7 +27,8 @@ class MultiHeadAttention(nnx.Module):
 
     Its parameters have the names and shapes of those of `flax.nnx.MultiHeadAttention` and `flax.linen`'s, and the
     same values give the same output; a query whose mask hides every key gets 0, where Flax returns the mean of all
-    values. With N = num_heads and K = num_kv_heads:
+    values. There is no dropout on the attention weights: a layer that needs it is Flax's own. With N = num_heads and
+    K = num_kv_heads:
 
     =====================  ===================================================================
     inputs_q, and output   (batch..., T, in_features), (batch..., T, out_features)
@@ -73,8 +74,8 @@ class MultiHeadAttention(nnx.Module):
       bias_init: of the biases.
       out_bias_init: of the last one's, default bias_init.
       decode: use the cache that `init_cache` or `init_paged_cache` made.
-      axis_names: logical axes for the parameters and the cache, which Flax then shards as its rules say; default: they
-        have none.
+      axis_names: logical axes for the parameters and the cache, which Flax then shards as its rules say
+        (`nnx.logical_axis_rules`), on the mesh of `jax.set_mesh`; default: they have none.
       rngs: for the parameters.
 
     Raises:
@@ -228,14 +229,24 @@ class MultiHeadAttention(nnx.Module):
           out_sharding: of the output, on a mesh of explicit axes.
         """
         decode = self.decode if decode is None else decode
-        project = functools.partial(functools.partial, out_sharding=qkv_sharding)
+        keys = ("inputs_q as keys", inputs_q) if inputs_k is None else ("inputs_k", inputs_k)
+        for name, x, linear in (("inputs_q", inputs_q, self.query), (*keys, self.key)):
+            if x.shape[-1:] != linear.in_features:
+                raise ValueError(
+                    f"MultiHeadAttention: {name} must have {linear.in_features[0]} features, as the layer was made "
+                    f"for; got {x.shape}"
+                )
+
+        def project(linear, sharding):
+            return functools.partial(linear, out_sharding=sharding)
+
         out, after = multi_head_attention(
             Options(self.rotary, self.window_size, self.softcap, self.softmax_scale),
             Projections(
-                project(self.query),
-                project(self.key),
-                project(self.value),
-                functools.partial(self.out, out_sharding=out_sharding),
+                project(self.query, qkv_sharding),
+                project(self.key, qkv_sharding),
+                project(self.value, qkv_sharding),
+                project(self.out, out_sharding),
                 self.query_norm,
                 self.key_norm,
             ),
@@ -263,7 +274,9 @@ class MultiHeadAttention(nnx.Module):
           input_shape: B sequences of at most max_length tokens.
           dtype: of the keys and values, in which attention is then computed; default: the layer's dtype or param_dtype.
         """
-        batch, max_length = input_shape[:2]
+        if len(input_shape) != 3:
+            raise ValueError(f"MultiHeadAttention: init_cache wants (B, max_length, features); got {input_shape}")
+        batch, max_length, _ = input_shape
         self._set_cache(cache.contiguous, batch, max_length, dtype, paged=False)
         names = self.axis_names and (self.axis_names.batch,)
         self.cache_index = nnx.Cache(jnp.zeros(batch, jnp.int32), **_metadata(names))

@@ -56,40 +56,51 @@ def layer_by_definition(params, x, *, rotary=None, positions=None, epsilon=1e-6,
     return np.einsum("btnh,nhd->btd", out, params["out"]["kernel"]) + params["out"].get("bias", 0)
 
 
-def of_nnx(layer):
-    """(parameters as nested dicts, function of such parameters and the layer's arguments)."""
-    graph, state, rest = nnx.split(layer, nnx.Param, ...)
+def filled(shapes):
+    """Random parameters of these shapes, scales around 1; made by NumPy, which compiles nothing."""
+    random = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = str(path[-1].key)
+        spread = np.sqrt(leaf.size / leaf.shape[-1]) ** -1 if name == "kernel" else 0.3
+        return jnp.asarray(random.normal(float(name == "scale"), spread, leaf.shape).astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def of_nnx(create):
+    """(parameters as nested dicts, function of such parameters and the layer's arguments) of the layer it creates."""
+    graph, state, rest = nnx.split(nnx.eval_shape(create), nnx.Param, ...)
 
     def apply(params, *inputs, **options):
         new = jax.tree.map(lambda x: x, state)
         nnx.replace_by_pure_dict(new, params)
         return nnx.merge(graph, new, rest)(*inputs, **options)
 
-    return nnx.to_pure_dict(state), apply
+    return filled(nnx.to_pure_dict(state)), apply
 
 
-def of_linen(layer, *inputs, seed=0):
+def of_linen(layer, *inputs):
     """The same; inputs: for `init`."""
-    params = jax.jit(layer.init)(jax.random.key(seed), *inputs)["params"]
-    return params, lambda params, *inputs, **options: layer.apply({"params": params}, *inputs, **options)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), *inputs)["params"]
+    return filled(shapes), lambda params, *inputs, **options: layer.apply({"params": params}, *inputs, **options)
 
 
 def make(kind, *inputs, **options):
-    """(parameters, function) of our layer. The parameters are random, the biases and scales too."""
-    if kind == "nnx":
-        sizes = dict(in_features=inputs[0].shape[-1], in_kv_features=inputs[-1].shape[-1])
-        params, apply = of_nnx(jax_flash.flax.nnx.MultiHeadAttention(**sizes, **options, rngs=nnx.Rngs(0)))
-    else:
-        params, apply = of_linen(jax_flash.flax.linen.MultiHeadAttention(**options), *inputs)
-    return randomized(params), apply
+    """(parameters, function) of our layer."""
+    if kind == "linen":
+        return of_linen(jax_flash.flax.linen.MultiHeadAttention(**options), *inputs)
+    sizes = dict(in_features=inputs[0].shape[-1], in_kv_features=inputs[-1].shape[-1])
+    return of_nnx(lambda: jax_flash.flax.nnx.MultiHeadAttention(**sizes, **options, rngs=nnx.Rngs(0)))
 
 
-def randomized(params):
-    """Kernels as they are, biases around 0, scales around 1."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    offsets = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype) for i, (_, leaf) in enumerate(leaves)]
-    new = [leaf if "kernel" in str(path) else leaf + off for (path, leaf), off in zip(leaves, offsets, strict=True)]
-    return jax.tree.unflatten(treedef, new)
+def nnx_with(create, params):
+    """The layer that it creates, with these parameters."""
+    layer = nnx.eval_shape(create)
+    state = nnx.state(layer, nnx.Param)
+    nnx.replace_by_pure_dict(state, params)
+    nnx.update(layer, state)
+    return layer
 
 
 class Decoder:
@@ -97,12 +108,10 @@ class Decoder:
 
     def __init__(self, kind, params, shape, page_table=None, cache_dtype=None, **options):
         if kind == "nnx":
-            layer = jax_flash.flax.nnx.MultiHeadAttention(
-                in_features=shape[-1], decode=True, **options, rngs=nnx.Rngs(0)
+            sizes = dict(in_features=shape[-1], decode=True)
+            layer = nnx_with(
+                lambda: jax_flash.flax.nnx.MultiHeadAttention(**sizes, **options, rngs=nnx.Rngs(0)), params
             )
-            state = nnx.state(layer, nnx.Param)
-            nnx.replace_by_pure_dict(state, params)
-            nnx.update(layer, state)
             if page_table is None:
                 layer.init_cache(shape, cache_dtype)
             else:
@@ -110,8 +119,8 @@ class Decoder:
             self.graph, self.cache, self.rest = nnx.split(layer, nnx.Cache, ...)
         else:
             self.layer = jax_flash.flax.linen.MultiHeadAttention(decode=True, cache_dtype=cache_dtype, **options)
-            variables = self.layer.init(jax.random.key(0), jnp.zeros(shape), page_table=page_table)
-            self.cache, self.rest = variables["cache"], params
+            init = lambda x: self.layer.init(jax.random.key(0), x, page_table=page_table)["cache"]  # noqa: E731
+            self.cache, self.rest = jax.jit(init)(jnp.zeros(shape)), params
         self.step = jax.jit(self._nnx_step if kind == "nnx" else self._linen_step, donate_argnums=0)
 
     def _nnx_step(self, cache, rest, x, options):

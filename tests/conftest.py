@@ -32,7 +32,7 @@ def dtype(platform) -> str:
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For modules whose time is XLA's: programs that run once need not be fast."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -1,6 +1,7 @@
 """The examples in the docstrings run, and every public function and class has one."""
 
 import doctest
+import importlib.util
 
 import pytest
 
@@ -8,6 +9,10 @@ import jax_flash
 
 # The functions of jax_flash.cache share the example of the module.
 MODULES = [jax_flash, jax_flash.rotary]
+if importlib.util.find_spec("flax"):
+    import jax_flash.flax
+
+    MODULES += [jax_flash.flax, jax_flash.flax.nnx, jax_flash.flax.linen]
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in MODULES

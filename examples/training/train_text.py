@@ -120,11 +120,13 @@ class Checkpoints:
 
     def __init__(self, folder, settings):
         self.settings = settings
-        options = orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2)
+        folder = pathlib.Path(folder).absolute()
         try:
-            self.manager = orbax.checkpoint.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
-        except (OSError, ValueError) as error:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             sys.exit(f"train_text.py: cannot keep checkpoints in {folder}: {error}")
+        options = orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = orbax.checkpoint.CheckpointManager(folder, options=options)
 
     def restore(self, *modules):
         """Sets the modules to the last state; returns its number of steps, 0 if there is none."""

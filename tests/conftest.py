@@ -27,3 +27,12 @@ def platform() -> str:
 def dtype(platform) -> str:
     """The dtype for tests that are not about dtypes: the most exact that the backend's kernels have."""
     return "float32" if platform == "cpu" else "float16"
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose time is XLA's: programs that run once need not be fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -378,5 +379,38 @@ def test_training_lowers_the_loss(capsys):
     ours = train_text.main(small)
     assert "held out" in capsys.readouterr().out
     assert np.mean(ours[-5:]) < 0.85 * ours[0]
-    theirs = train_text.main([*small, "--attention", "xla"])
+    theirs = train_text.main([*small, "--attention", "flax"])
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path, capsys):
+    """To the same losses as without a break, and behind a kill during a save from the state before."""
+    pytest.importorskip("flax")
+    train_text = importlib.import_module("train_text")
+    small = "--steps 12 --batch 2 --length 16 --width 16 --heads 2 --layers 1 --peak-tflops 1".split()
+    saved = [*small, "--save-every", "5", "--checkpoints", str(tmp_path / "saved")]
+    whole = train_text.main(saved)
+    assert re.search(r"bytes/s .* model TFLOP/s, [\d.e-]+ % of the device's 1,", capsys.readouterr().out)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["10", "12"]  # the last two
+
+    with pytest.raises(SystemExit, match="all 12 steps are done"):
+        train_text.main(saved)
+    # What a kill during the last save leaves: a folder of another name.
+    (tmp_path / "saved" / "12").rename(tmp_path / "saved" / "12.orbax-checkpoint-tmp")
+    np.testing.assert_array_equal(train_text.main(saved), whole[10:])
+    assert "goes on from step 10" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"saved was made with --width 16$"):
+        train_text.main([*saved, "--width", "32"])
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit, match=r"cannot keep checkpoints in .*file"):
+        train_text.main([*small, "--checkpoints", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--width 30", "--steps 0", "--save-every 0", "--seed -1", "--peak-tflops 0", "--attention xla"]
+)
+def test_training_refuses_wrong_options(wrong, capsys):
+    pytest.importorskip("flax")
+    with pytest.raises(SystemExit):
+        importlib.import_module("train_text").main(wrong.split())
+    assert wrong.split()[0] in capsys.readouterr().err.splitlines()[-1]  # not the usage, which names all

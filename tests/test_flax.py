@@ -15,6 +15,7 @@ from compare import close
 flax = pytest.importorskip("flax")
 
 from flax import linen, nnx  # noqa: E402
+from flax_oracle import by_definition  # noqa: E402
 
 from jax_flash.flax import attention_fn  # noqa: E402
 
@@ -99,6 +100,50 @@ def test_is_causal_is_aligned_to_the_top_left(queries, keys):
     for each in (None, mask):
         theirs = nnx.dot_product_attention(q, k, v, mask=each, is_causal=True)
         assert_close(attention_fn(q, k, v, mask=each, is_causal=True), theirs)
+
+
+@in_float32
+@pytest.mark.parametrize("window", [None, 3, (2, None), (4, 1), (None, 2)], ids=str)
+@pytest.mark.parametrize("queries, keys", [(9, 9), (7, 12), (11, 9)])
+def test_window_softcap_scale_and_lengths(queries, keys, window):
+    ours = dict(window_size=window, softcap=3.0, softmax_scale=0.5)
+    pair = window if isinstance(window, tuple) else (window, window)
+    theirs = dict(window=pair, softcap=3.0, scale=0.5)
+    mask = jax.random.bernoulli(jax.random.key(9), 0.8, (HEADS, queries, keys))
+    for batch, mask, is_causal, which in (  # noqa: B020
+        ((), None, True, "none"),
+        ((3,), mask, False, "none"),
+        ((3,), None, False, "queries"),
+        ((3,), None, True, "keys"),
+        ((2, 3), mask, True, "both"),
+        ((3,), None, True, "the same"),
+        ((2, 3), None, False, "the same"),
+    ):
+        q, k, v = (inputs(*batch, n, heads, 8, seed=heads) for n, heads in ((queries, HEADS), (keys, 2), (keys, 2)))
+        short = jax.random.randint(jax.random.key(8), batch, 0, 6, "int32")
+        q_lengths = None if which in ("none", "keys") else short
+        kv_lengths = short if which == "the same" else short + 2 if which in ("keys", "both") else None
+        out = attention_fn(q, k, v, None, mask, is_causal=is_causal, q_lengths=q_lengths, kv_lengths=kv_lengths, **ours)
+        expected = by_definition(q, k, v, mask, is_causal, lengths=(q_lengths, kv_lengths), **theirs)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5, err_msg=which)
+
+
+@in_float32
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_partial_reaches_both_layers(kind):
+    lengths = jnp.array([LENGTH, 7])
+    attention = functools.partial(attention_fn, window_size=(4, 0), softcap=2.0, kv_lengths=lengths)
+    oracle = functools.partial(by_definition, window=(4, 0), softcap=2.0, lengths=(None, lengths))
+
+    def by_oracle(q, k, v, **_):
+        return jnp.asarray(oracle(q, k, v))
+
+    if kind == "nnx":
+        assert_close(nnx_layer(attention)(inputs()), nnx_layer(by_oracle)(inputs()))
+    else:
+        variables = linen_layer(attention).init(jax.random.key(2), inputs())
+        run = lambda f: linen_layer(f).apply(variables, inputs())  # noqa: E731
+        assert_close(run(attention), run(by_oracle))
 
 
 @in_float32
@@ -305,6 +350,9 @@ def refusals():
         "einsum": (NotImplementedError, "einsum", lambda: attention_fn(x, x, x, qk_attn_weights_einsum=jnp.einsum)),
         "ranks": (ValueError, r"\(5, 4, 8\)", lambda: attention_fn(x, x[0], x)),
         "batches": (ValueError, "batch", lambda: attention_fn(x, x[:1], x[:1])),
+        "lengths": (ValueError, "kv_lengths.*batch", lambda: attention_fn(x, x, x, kv_lengths=jnp.ones((3,), int))),
+        "window": (ValueError, "attention_fn: window_size", lambda: attention_fn(x, x, x, window_size=-1)),
+        "far": (NotImplementedError, "leave out", lambda: attention_fn(x, x[:, :2], x[:, :2], window_size=1)),
         "mask-rank": (ValueError, "mask", lambda: attention_fn(x, x, x, mask=jnp.ones((1, 1, 1, 5, 5)))),
         "linen-dropout": (
             NotImplementedError,

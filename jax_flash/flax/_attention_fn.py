@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jax_flash import _validate
 from jax_flash._attention import attention
 
 
@@ -32,19 +33,26 @@ def attention_fn(
     is_causal: bool = False,
     input_positions: jax.Array | None = None,
     rope=None,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    q_lengths: jax.Array | None = None,
+    kv_lengths: jax.Array | None = None,
 ) -> jax.Array:
     """Attention for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
     Computes `softmax(query keyᵀ / sqrt(H)) value` like the function that both layers use by default, at the same
     arguments, with the kernels of `jax_flash.attention`. One difference: a query whose mask hides every key gets 0,
-    where Flax returns the mean of all values.
+    where Flax returns the mean of all values. What Flax's layers do not pass, from `rope` on, is given by
+    `functools.partial(attention_fn, window_size=..., ...)`.
 
-    ===========  =====================================================================
-    query        (batch..., T, N, H)
-    key, value   (batch..., S, K, H), N a multiple of K
-    mask         broadcasts to (batch..., N, T, S); True or nonzero: the query sees the key
-    returns      (batch..., T, N, H)
-    ===========  =====================================================================
+    =====================  =====================================================================
+    query                  (batch..., T, N, H)
+    key, value             (batch..., S, K, H), N a multiple of K
+    mask                   broadcasts to (batch..., N, T, S); True or nonzero: the query sees the key
+    q_lengths, kv_lengths  (batch...), integers
+    returns                (batch..., T, N, H)
+    =====================  =====================================================================
 
     Args:
       query: the queries.
@@ -67,6 +75,13 @@ def attention_fn(
       input_positions: the tokens' positions, for `rope`.
       rope: a `flax.nnx.RoPE`, applied to query and key: `functools.partial(attention_fn, rope=rope)` does what
         `flax.nnx.dot_product_attention_with_rope` does.
+      window_size: (left, right): query i sees keys from i - left to i + right, at equal lengths as in
+        `jax_flash.attention`. None does not limit a side; one integer is for both.
+      softcap: scores become softcap * tanh(score / softcap).
+      softmax_scale: what the products are multiplied by, default 1 / sqrt(H).
+      q_lengths: the number of valid queries in each sequence; the output of the others is 0.
+      kv_lengths: the number of valid keys in each sequence; the others are not seen. Where T = S and there is
+        `is_causal` or a window, give the same array as q_lengths too: the kernel then skips the padding.
 
     Returns:
       The attention's output, in the common dtype of query, key and value.
@@ -95,6 +110,7 @@ def attention_fn(
             "Set dropout_rate=0 in the attention layer (dropout elsewhere is unaffected) or deterministic=True"
         )
     _check_ranks(query, key, value, mask)
+    _check_lengths(query, q_lengths=q_lengths, kv_lengths=kv_lengths)
     if rope is not None:
         query, key = _rotate_both(rope, query, key, input_positions)
     elif input_positions is not None:
@@ -105,7 +121,19 @@ def attention_fn(
         mask = mask != 0
     if mask is not None:
         mask = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
-    return _attend(query, key, value, mask, is_causal)
+    return _attend(
+        query,
+        key,
+        value,
+        mask,
+        q_lengths,
+        kv_lengths,
+        is_causal=is_causal,
+        window_size=_validate.window("attention_fn", window_size),
+        same_lengths=q_lengths is kv_lengths,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+    )
 
 
 def _refuse(name, value, way_out):
@@ -140,19 +168,54 @@ def _check_ranks(query, key, value, mask):
         raise ValueError(f"attention_fn: mask {mask.shape} must broadcast to (batch..., N, T, S); {got}")
 
 
-def _attend(query, key, value, mask, is_causal):
+def _check_lengths(query, **lengths):
+    for name, array in lengths.items():
+        if array is not None and array.shape != query.shape[:-3]:
+            raise ValueError(
+                f"attention_fn: {name} must have the batch axes {query.shape[:-3]} of query {query.shape}; "
+                f"got {array.shape}"
+            )
+
+
+def _attend(query, key, value, mask, q_lengths, kv_lengths, *, is_causal, window_size, same_lengths, **options):
     """Batch axes beyond the first are vmapped rather than folded into one, so that each keeps its sharding."""
     if query.ndim > 4:
-        attend = functools.partial(_attend, is_causal=is_causal)
-        if mask is None or mask.shape[0] > 1:
-            return jax.vmap(attend)(query, key, value, mask)
-        return jax.vmap(attend, in_axes=(0, 0, 0, None))(query, key, value, mask[0])
-    window = None
+        static = dict(is_causal=is_causal, window_size=window_size, same_lengths=same_lengths, **options)
+        attend, mask_axis = functools.partial(_attend, **static), 0
+        if mask is not None and mask.shape[0] == 1:
+            mask, mask_axis = mask[0], None
+        return jax.vmap(attend, in_axes=(0, 0, 0, mask_axis, 0, 0))(query, key, value, mask, q_lengths, kv_lengths)
+    left, right = window_size
     if is_causal:
-        # Flax aligns to the top left, jax_flash to the bottom right. Keys past the last query are never seen: without
-        # them, either the lengths are equal, or the bottom right lies T - S keys further left than the diagonal.
-        T, S = query.shape[-3], min(query.shape[-3], key.shape[-3])
-        key, value = key[..., :S, :, :], value[..., :S, :, :]
-        mask = None if mask is None else mask[..., :S]
-        window = (None, T - S)
-    return attention(query, key, value, mask=mask, window_size=window)
+        right = 0 if right is None else min(right, 0)
+    if left is not None or right is not None:
+        # Flax aligns to the top left, jax_flash to the bottom right. Keys to the right of what the last query sees are
+        # never seen: without them, either the lengths are equal, or the bottom right is further left than the diagonal.
+        T, S = query.shape[-3], key.shape[-3]
+        if right is not None:
+            S = min(S, T + right)
+            key, value = key[..., :S, :, :], value[..., :S, :, :]
+            mask = None if mask is None else mask[..., :S]
+            right += T - S
+        if left is not None:
+            left += S - T
+            if left < 0:
+                raise NotImplementedError(
+                    f"attention_fn: queries past the last key's window, T = {T} with S = {S} and window_size = "
+                    f"{window_size}; leave out those that see no key"
+                )
+        # Lengths of their own would move jax_flash's bottom right; a mask does not.
+        if not (same_lengths and T == S):
+            mask, q_lengths, kv_lengths = _mask_of_lengths(mask, q_lengths, kv_lengths, T, S), None, None
+    lengths = dict(q_lengths=q_lengths, kv_lengths=kv_lengths)
+    return attention(query, key, value, mask=mask, window_size=(left, right), **lengths, **options)
+
+
+def _mask_of_lengths(mask, q_lengths, kv_lengths, T, S):
+    """The mask, if any, and what the lengths hide."""
+    for lengths, limit, axes in ((q_lengths, T, (-3, -1)), (kv_lengths, S, (-3, -2))):
+        if lengths is not None:
+            valid = jnp.arange(limit).reshape((1,) * lengths.ndim + (limit,)) < lengths[..., None]
+            valid = jnp.expand_dims(valid, axes)
+            mask = valid if mask is None else mask & valid
+    return mask

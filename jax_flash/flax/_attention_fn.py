@@ -7,8 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_flash import _validate
-from jax_flash._attention import attention
+from jax_flash import _call, _validate
+from jax_flash._spec import Spec
+
+_NAME = "attention_fn"
 
 
 # linen passes only the keyword arguments that it finds in the signature, so each one that it may pass is named here:
@@ -75,13 +77,12 @@ def attention_fn(
       input_positions: the tokens' positions, for `rope`.
       rope: a `flax.nnx.RoPE`, applied to query and key: `functools.partial(attention_fn, rope=rope)` does what
         `flax.nnx.dot_product_attention_with_rope` does.
-      window_size: (left, right): query i sees keys from i - left to i + right, at equal lengths as in
-        `jax_flash.attention`. None does not limit a side; one integer is for both.
+      window_size: (left, right): query i sees keys from i - left to i + right, aligned to the top left like is_causal.
+        None does not limit a side; one integer is for both.
       softcap: scores become softcap * tanh(score / softcap).
       softmax_scale: what the products are multiplied by, default 1 / sqrt(H).
       q_lengths: the number of valid queries in each sequence; the output of the others is 0.
-      kv_lengths: the number of valid keys in each sequence; the others are not seen. Where T = S and there is
-        `is_causal` or a window, give the same array as q_lengths too: the kernel then skips the padding.
+      kv_lengths: the number of valid keys in each sequence; the others are not seen.
 
     Returns:
       The attention's output, in the common dtype of query, key and value.
@@ -104,11 +105,24 @@ def attention_fn(
     _refuse("module", module, "attention weights are never in memory; for sow_weights use flax's own attention")
     _refuse("qk_attn_weights_einsum", qk_attn_weights_einsum, "use flax's own attention with it")
     _refuse("attn_weights_value_einsum", attn_weights_value_einsum, "use flax's own attention with it")
+    _check_dropout(dropout_rate)
     if dropout_rate > 0 and not deterministic:
         raise NotImplementedError(
             f"attention_fn: dropout on the attention weights is not supported; got dropout_rate={dropout_rate}. "
             "Set dropout_rate=0 in the attention layer (dropout elsewhere is unaffected) or deterministic=True"
         )
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": mask,
+        "q_lengths": q_lengths,
+        "kv_lengths": kv_lengths,
+    }
+    required = ("query", "key", "value")
+    query, key, value, mask, q_lengths, kv_lengths = (
+        _validate.as_array(_NAME, n, x) if x is not None or n in required else None for n, x in arrays.items()
+    )
     _check_ranks(query, key, value, mask)
     _check_lengths(query, q_lengths=q_lengths, kv_lengths=kv_lengths)
     if rope is not None:
@@ -117,23 +131,28 @@ def attention_fn(
         raise ValueError("attention_fn: input_positions needs functools.partial(attention_fn, rope=...)")
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))
-    if mask is not None and mask.dtype != jnp.bool_:
-        mask = mask != 0
+    arrays = {"q": query, "k": key, "v": value}
     if mask is not None:
-        mask = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
-    return _attend(
-        query,
-        key,
-        value,
-        mask,
-        q_lengths,
-        kv_lengths,
-        is_causal=is_causal,
-        window_size=_validate.window("attention_fn", window_size),
-        same_lengths=q_lengths is kv_lengths,
-        softcap=softcap,
+        mask = mask if mask.dtype == jnp.bool_ else mask != 0
+        arrays["mask"] = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
+    arrays |= {n: x for n, x in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)) if x is not None}
+    spec = _validate.make_spec(
+        _NAME,
+        query.shape[-1],
         softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size=window_size,
+        softcap=softcap,
+        top_left=True,
+        names={"causal": "is_causal"},
     )
+    return _attend(spec, arrays)
+
+
+def _check_dropout(rate):
+    _validate.static(_NAME, "dropout_rate", rate)
+    if not 0 <= rate <= 1:  # nor NaN
+        raise ValueError(f"{_NAME}: dropout_rate must lie in [0, 1]; got {rate}")
 
 
 def _refuse(name, value, way_out):
@@ -177,45 +196,18 @@ def _check_lengths(query, **lengths):
             )
 
 
-def _attend(query, key, value, mask, q_lengths, kv_lengths, *, is_causal, window_size, same_lengths, **options):
+def _attend(spec: Spec, arrays: dict[str, jax.Array]) -> jax.Array:
     """Batch axes beyond the first are vmapped rather than folded into one, so that each keeps its sharding."""
-    if query.ndim > 4:
-        static = dict(is_causal=is_causal, window_size=window_size, same_lengths=same_lengths, **options)
-        attend, mask_axis = functools.partial(_attend, **static), 0
-        if mask is not None and mask.shape[0] == 1:
-            mask, mask_axis = mask[0], None
-        return jax.vmap(attend, in_axes=(0, 0, 0, mask_axis, 0, 0))(query, key, value, mask, q_lengths, kv_lengths)
-    left, right = window_size
-    if is_causal:
-        right = 0 if right is None else min(right, 0)
-    if left is not None or right is not None:
-        # Flax aligns to the top left, jax_flash to the bottom right. Keys to the right of what the last query sees are
-        # never seen: without them, either the lengths are equal, or the bottom right is further left than the diagonal.
-        T, S = query.shape[-3], key.shape[-3]
-        if right is not None:
-            S = min(S, T + right)
-            key, value = key[..., :S, :, :], value[..., :S, :, :]
-            mask = None if mask is None else mask[..., :S]
-            right += T - S
-        if left is not None:
-            left += S - T
-            if left < 0:
-                raise NotImplementedError(
-                    f"attention_fn: queries past the last key's window, T = {T} with S = {S} and window_size = "
-                    f"{window_size}; leave out those that see no key"
-                )
-        # Lengths of their own would move jax_flash's bottom right; a mask does not.
-        if not (same_lengths and T == S):
-            mask, q_lengths, kv_lengths = _mask_of_lengths(mask, q_lengths, kv_lengths, T, S), None, None
-    lengths = dict(q_lengths=q_lengths, kv_lengths=kv_lengths)
-    return attention(query, key, value, mask=mask, window_size=(left, right), **lengths, **options)
-
-
-def _mask_of_lengths(mask, q_lengths, kv_lengths, T, S):
-    """The mask, if any, and what the lengths hide."""
-    for lengths, limit, axes in ((q_lengths, T, (-3, -1)), (kv_lengths, S, (-3, -2))):
-        if lengths is not None:
-            valid = jnp.arange(limit).reshape((1,) * lengths.ndim + (limit,)) < lengths[..., None]
-            valid = jnp.expand_dims(valid, axes)
-            mask = valid if mask is None else mask & valid
-    return mask
+    if arrays["q"].ndim > 4:
+        axes = dict.fromkeys(arrays, 0)
+        if "mask" in arrays and arrays["mask"].shape[0] == 1:
+            arrays, axes["mask"] = arrays | {"mask": arrays["mask"][0]}, None
+        return jax.vmap(functools.partial(_attend, spec), in_axes=(axes,))(arrays)
+    q, k, v = (arrays[name] for name in "qkv")
+    _validate.check_qkv(_NAME, q, k, v, ("query", "key", "value"))
+    if "mask" in arrays:
+        _validate.check_mask(_NAME, arrays["mask"], q, k)
+    for name in ("q_lengths", "kv_lengths"):
+        if name in arrays:
+            _validate.check_lengths(_NAME, name, arrays[name], q)
+    return _call.attend(spec, arrays)[0]

@@ -32,7 +32,7 @@ inline int head_dim_bucket(int32_t H) { return H <= 64 ? 64 : H <= 128 ? 128 : 2
 // Tiles of 8 rows: as many as the registers hold accumulators for. More rows are left to further row blocks.
 constexpr int most_row_tiles(int dim) { return dim == 64 ? 4 : dim == 128 ? 2 : 1; }
 
-inline int row_tiles(int32_t rows, int32_t H) {
+inline int row_tiles(int64_t rows, int32_t H) {
   const int most = most_row_tiles(head_dim_bucket(H));
   int tiles = 1;
   while (tiles < most && 8 * tiles < rows) tiles *= 2;
@@ -49,9 +49,10 @@ struct WorkspaceLayout {
 };
 
 inline WorkspaceLayout workspace_layout(const KvcacheParams& params) {
-  const int rows = 8 * row_tiles(params.T * params.G, params.H);
+  const int64_t all_rows = int64_t{params.T} * params.G;
+  const int rows = 8 * row_tiles(all_rows, params.H);
   WorkspaceLayout layout;
-  layout.segments = static_cast<int64_t>(params.B) * params.K * ((params.T * params.G + rows - 1) / rows);
+  layout.segments = int64_t{params.B} * params.K * ((all_rows + rows - 1) / rows);
   layout.slots = params.num_splits > 0 ? layout.segments * params.num_splits : 2 * kMaxBlocks;
   layout.slot_floats = rows * (head_dim_bucket(params.H) + 2);
   return layout;

@@ -70,10 +70,11 @@ def reference(spec: KvcacheSpec, x) -> list[jax.Array]:
         score = spec.softcap * jnp.tanh(score / spec.softcap)
     score = jnp.where(sees[:, None, None], score, -jnp.inf)
     top = jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf)
-    weight = jnp.exp(score - jnp.where(jnp.isfinite(top), top, 0))
+    weight = jnp.exp(score - jnp.where(jnp.isneginf(top), 0, top))
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    o = jnp.einsum("bkgts,bskh->bkgth", weight / jnp.where(total > 0, total, 1), values)
-    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)[..., 0]
+    seen = total != 0  # true for NaN, which is to stay
+    o = jnp.einsum("bkgts,bskh->bkgth", weight / jnp.where(seen, total, 1), values)
+    lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)[..., 0]
     out = [o.astype(x.q.dtype), lse]
     if appended:
         out += [jnp.swapaxes(f.reshape(R, S, K, H), 1, 2) for f in (flat_k, flat_v)]

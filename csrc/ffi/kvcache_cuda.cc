@@ -25,6 +25,11 @@ ffi::Error kvcache(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache
   if (!many && params.workspace_bytes < decode::workspace_bytes(params)) {
     return failed("the workspace must hold " + std::to_string(decode::workspace_bytes(params)) + " bytes");
   }
+  // Decode's blocks read their queries before one of them writes the rows; the forward kernels promise no such thing.
+  if (many && params.o == params.q && params.B > 0) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "jax_flash kvcache (" + describe(params) + "): o may take the buffer of q for few queries only");
+  }
   Device device;
   if (const cudaError_t status = current_device(&device)) return failed(cudaGetErrorString(status));
   const auto copy = [&](void* to, const void* from) {

@@ -51,7 +51,8 @@ def attention(
     Scores of NaN and infinity stay in their row: a query that sees a score of NaN or +inf has NaN for its output and
     log-sum-exp, as in a softmax that subtracts the maximum; a key whose score is -inf counts as not seen. (A value of v
     that is not finite is multiplied by 0 for a query that a mask, causal or a window hides it from, and so may make it
-    NaN; one that kv_lengths hides is not.)
+    NaN; one that kv_lengths hides is not. On GPUs probabilities have 16 bits, and values are summed in float32 before
+    they are divided: v beyond 1e36 / S, or within 0.1 % of its dtype's largest number, may make an output infinite.)
 
     It works under jit, grad, vmap, scan, shard_map and export. Under jit on a mesh, each device computes its part of
     the batch and of the KV heads, without communication. (Where query heads are split over more devices than there are

@@ -411,6 +411,21 @@ def test_kvcache_workspace(dtype, platform):
         call.run()
 
 
+def test_output_of_many_queries_in_their_buffer(dtype, platform):
+    if platform == "cpu":
+        pytest.skip("on GPUs few queries may share it")
+    for length in (T, 300):
+        call = targets(dtype, platform)["kvcache"]()
+        rows = B, length, K, G, H
+        array(q=rows, result_o=rows, result_lse=(B, K, G, length))(call)
+        call.aliases |= dict(q="o")
+        if length == T:
+            call.run()
+        else:
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*o may take the buffer of q"):
+                call.run()
+
+
 def test_a_k_new_of_no_token_leaves_the_caches(dtype, platform):
     """Also where their results are buffers of their own."""
     for aliased in (True, False):

@@ -252,6 +252,8 @@ def test_values_near_the_largest(T, S, signs, dtype, platform):
     """An average of values is no larger than they are."""
     skip_without_kernel(dtype, platform)
     largest = float(jnp.finfo(dtype).max)
+    if platform == "gpu":  # as attention's documentation says
+        largest = min(0.998 * largest, 1e36 / S)
     rng = np.random.default_rng(0)
     q, k = normal(rng, 1, T, 2, 32) / 8, normal(rng, 1, S, 1, 32) / 8
     fraction = rng.choice([1, 0.999, 0.5], (1, S, 1, 32)).astype(np.float32)

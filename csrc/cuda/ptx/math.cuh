@@ -33,6 +33,13 @@ __device__ __forceinline__ float lg2(float x) {
   return y;
 }
 
+// max.NaN.f32: NaN where either is, which fmaxf drops.
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // cvt.rn.bf16x2.f32: `low` into the lower half.
 __device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
   uint32_t y;

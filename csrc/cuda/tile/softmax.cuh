@@ -21,6 +21,11 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+__device__ __forceinline__ float quad_max_nan(float x) {
+  x = ptx::max_nan(x, __shfl_xor_sync(~0u, x, 1));
+  return ptx::max_nan(x, __shfl_xor_sync(~0u, x, 2));
+}
+
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);

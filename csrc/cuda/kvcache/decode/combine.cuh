@@ -106,8 +106,9 @@ __device__ __forceinline__ void write_output(const KvcacheParams& params, int32_
   const int64_t row = (static_cast<int64_t>(b) * params.T + t) * params.K * G + kh * G + g;
   Element* gO = static_cast<Element*>(params.o) + row * H;
   const bool seen = pair.sum != 0.0f;  // true for NaN: what is not a number stays so
-  const float inverse = seen ? 1.0f / pair.sum : 0.0f;
-  const uint32_t elements = pack<Element>(pair.o.x * inverse, pair.o.y * inverse);
+  const float inverse = 1.0f / pair.sum;
+  // A choice and not a product where there is nothing: what was accumulated may be NaN.
+  const uint32_t elements = seen ? pack<Element>(pair.o.x * inverse, pair.o.y * inverse) : 0;
   if (H % 2 == 0) {
     if (d < H) *reinterpret_cast<uint32_t*>(gO + d) = elements;
   } else {

@@ -3,6 +3,7 @@
 
 #include "cuda/kvcache/decode/driver_kernel.h"
 #include "cuda/kvcache/decode/kernel.cuh"
+#include "cuda/launch_kernel.h"
 
 namespace jax_flash::decode {
 
@@ -15,14 +16,15 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
   static DriverKernel known;
   CUfunction function;
   if (cudaError_t status = known.find(reinterpret_cast<const void*>(kernel), device, bytes, &function)) return status;
-  const int32_t row_blocks = ceil_div(params.T * params.G, Config::kRows);
-  const int64_t segments = static_cast<int64_t>(params.B) * params.K * row_blocks;
   // No more blocks than can have a tile for every warp, were the cache full.
   const int64_t tiles = cache_capacity(params) / Config::kKeys + 2;
+  const int64_t row_blocks = (int64_t{params.T} * params.G + Config::kRows - 1) / Config::kRows;
+  for (const int64_t parts : {tiles, int64_t{params.num_splits}}) {
+    if (!countable({parts, row_blocks, params.B, params.K})) return cudaErrorInvalidValue;
+  }
+  const int64_t segments = row_blocks * params.B * params.K;
   const bool single = params.B == 1 && params.num_splits == 0 && 2 * segments <= device.multiprocessors;
   int64_t blocks = params.num_splits > 0 ? segments * params.num_splits : segments * ((tiles + warps - 1) / warps);
-  if (segments * max_i32(static_cast<int32_t>(tiles), params.num_splits) > INT32_MAX - 65536)
-    return cudaErrorInvalidValue;
   const int64_t most = device.multiprocessors < kMaxBlocks ? device.multiprocessors : kMaxBlocks;
   if (blocks > most) blocks = most;
   // From sm_90 on the launch overlaps the end of the kernel before: 1 to 2 us.
@@ -41,7 +43,7 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
   config.numAttrs = device.compute_capability >= 90 ? 1 : 0;
   // As decode_kernel takes them.
   KvcacheParams first = params;
-  int32_t second = row_blocks;
+  int32_t second = static_cast<int32_t>(row_blocks);
   int64_t third = workspace_layout(params).counter_bytes();
   bool fourth = single;
   void* arguments[] = {&first, &second, &third, &fourth};
@@ -51,7 +53,7 @@ cudaError_t launch_config(const KvcacheParams& params, const Device& device, cud
 // The row-tile variants of one element type and head-dim bucket.
 template <class Element, int kDim>
 cudaError_t launch_instance(const KvcacheParams& params, const Device& device, cudaStream_t stream) {
-  const int tiles = row_tiles(params.T * params.G, params.H);
+  const int tiles = row_tiles(int64_t{params.T} * params.G, params.H);
   if constexpr (most_row_tiles(kDim) >= 4) {
     if (tiles == 4) return launch_config<Config<Element, kDim, 4>>(params, device, stream);
   }

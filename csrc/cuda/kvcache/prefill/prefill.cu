@@ -3,6 +3,7 @@
 #include "cuda/kvcache/decode/chunk.cuh"
 #include "cuda/kvcache/prefill/prefill.h"
 #include "cuda/kvcache/prefill/workspace.h"
+#include "cuda/launch_kernel.h"
 
 namespace jax_flash::prefill {
 namespace {
@@ -80,20 +81,22 @@ template <class Element>
 cudaError_t enqueue(const KvcacheParams& params, const Workspace& w, cudaStream_t stream) {
   constexpr int kThreads = 256;
   char* base = static_cast<char*>(params.workspace);
-  const int64_t chunks = (params.H + 7) / 8, heads = params.K * (params.rotary.dim ? 1 + params.G : 1);
+  const int64_t chunks = (params.H + 7) / 8, heads = params.K * (params.rotary.dim ? int64_t{1} + params.G : 1);
+  // The kernels count the chunks of a token, and its heads, in 32 bits.
+  if (!countable({params.K, int64_t{1} + params.G, chunks}) || cache_capacity(params) > kMaxLength) {
+    return cudaErrorInvalidValue;
+  }
   const auto grid = [&](int64_t threads) {
     const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>((threads + kThreads - 1) / kThreads, 2048));
     return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(params.B, 65535)));
   };
   const int64_t threads = std::max<int64_t>(params.K, params.T * heads * chunks);
-  append_kernel<Element><<<grid(threads), kThreads, 0, stream>>>(
-      params, params.rotary.dim ? reinterpret_cast<Element*>(base + w.q) : nullptr, reinterpret_cast<int32_t*>(base),
-      w.copies_keys);
-  if (w.copies_keys) {
-    gather_kernel<Element><<<grid(cache_capacity(params) * params.K * chunks), kThreads, 0, stream>>>(
-        params, reinterpret_cast<Element*>(base + w.k), reinterpret_cast<Element*>(base + w.v));
-  }
-  return cudaGetLastError();
+  Element* queries = params.rotary.dim ? reinterpret_cast<Element*>(base + w.q) : nullptr;
+  const cudaError_t error = launch_kernel(append_kernel<Element>, {grid(threads), kThreads}, stream, params, queries,
+                                          reinterpret_cast<int32_t*>(base), w.copies_keys);
+  if (error != cudaSuccess || !w.copies_keys) return error;
+  return launch_kernel(gather_kernel<Element>, {grid(int64_t{cache_capacity(params)} * params.K * chunks), kThreads},
+                       stream, params, reinterpret_cast<Element*>(base + w.k), reinterpret_cast<Element*>(base + w.v));
 }
 
 }  // namespace

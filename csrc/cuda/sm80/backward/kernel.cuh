@@ -35,6 +35,18 @@ __device__ __forceinline__ int additions_before(const Band& band, int32_t i0, in
   return count;
 }
 
+// Which part of the work is this block's. Where blocks add in order they draw numbers as they start: nothing says in
+// which order that is, and one must not wait for another that has no place to run. (Without queries there is no
+// preparation, whose first row clears the counter, and nothing to add.)
+template <class SharedMemory>
+__device__ __forceinline__ int block_number(SharedMemory& shared_memory, const BackwardParams& params,
+                                            const BackwardWorkspace& workspace) {
+  if (!params.deterministic || params.shape.T == 0) return blockIdx.x;
+  if (threadIdx.x == 0) shared_memory.number = static_cast<int>(ptx::fetch_add(workspace.next_block, 1));
+  __syncthreads();
+  return shared_memory.number;
+}
+
 // This lane's two rows of every tile of S.
 template <class Config>
 __device__ __forceinline__ void read_statistic(float (&out)[Config::kScoreTiles][2], const float* sStatistic) {
@@ -87,9 +99,27 @@ __device__ __forceinline__ void multiply_softcap_derivative(typename Config::Sco
 #pragma unroll
     for (int e = 0; e < Config::kScoreFloats; ++e) {
       const float tanh = (ptx::lg2(p[m][e]) + lse2[m][e / 2 % 2]) * inverse;
-      p[m][e] = p[m][e] > 0.0f ? p[m][e] * (1.0f - tanh * tanh) : 0.0f;
+      p[m][e] = p[m][e] == 0.0f ? 0.0f : p[m][e] * (1.0f - tanh * tanh);  // NaN stays
     }
   }
+}
+
+// Rows of Q and dO that see no key become zero: a gradient that comes back to one may be NaN, and 0 * NaN is not 0. By
+// the whole block, where all of the tile has come; `rows`: that exist in it.
+template <class Config>
+__device__ __forceinline__ void clear_unseen_rows(uint32_t sQueries, uint32_t sOut, const float* sLse2, int rows) {
+  using Layout = TileLayout<Config::kHeadDim>;
+  const int thread = ptx::opaque(threadIdx.x);
+  const bool unseen = thread < Config::kBlockM && thread < rows && sLse2[thread] == infinity();
+  if (!__syncthreads_or(unseen)) return;
+  if (unseen) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < Config::kHeadDim / 8; ++chunk) {
+      ptx::st_shared(sQueries + Layout::offset(thread, chunk), make_uint4(0, 0, 0, 0));
+      ptx::st_shared(sOut + Layout::offset(thread, chunk), make_uint4(0, 0, 0, 0));
+    }
+  }
+  __syncthreads();
 }
 
 template <class Config>
@@ -136,10 +166,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const Shape& shape = params.shape;
 
   // Key blocks of one head follow each other: they share Q, dO and the dQ sums in L2. The first ones go first: under a
-  // causal mask they take longest. Where they add in order, they must start in that order, or they could wait for a
-  // block that has no place to run.
-  const int kv_head = blockIdx.x / key_block_count;  // over [B, K]
-  const int position = blockIdx.x % key_block_count;
+  // causal mask they take longest. Where they add in order, they go in that order.
+  const int number = block_number(shared_memory, params, workspace);
+  const int kv_head = number / key_block_count;  // over [B, K]
+  const int position = number % key_block_count;
   const int key_block = params.deterministic ? key_block_count - 1 - position : position;
   const int j0 = key_block * kN;
   const int G = static_cast<int>(shape.G), head_dim = static_cast<int>(shape.H);
@@ -199,13 +229,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::cp_async_wait<0>();
       __syncthreads();
       if (turn && thread == 0) ptx::store_release(turn, next_turn);
+      const bool needs_band = now.block < range.full_begin || now.block >= range.full_end;
+      if (params.mask.words || needs_band) {
+        clear_unseen_rows<Config>(query_tile(parity), out_tile(parity), shared_memory.lse2[parity],
+                                  shared_memory.band.T - i0);
+      }
       if (kLoadEarly && step.g < G) load_queries(parity ^ 1, step);
       if (kLoadEarly) ptx::cp_async_commit();
 
       typename Config::ScoreFragment p, d_s;
       multiply_scores<Config>(p, query_tile(parity), sK, Nothing());
-      apply_score_and_mask<Config>(p, params, transform, &shared_memory.band,
-                                   now.block < range.full_begin || now.block >= range.full_end, kv_head, now.g, i0, j0);
+      apply_score_and_mask<Config>(p, params, transform, &shared_memory.band, needs_band, kv_head, now.g, i0, j0);
 
       float lse2[Config::kScoreTiles][2];
       read_statistic<Config>(lse2, shared_memory.lse2[parity]);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device.h"
+#include "cuda/launch_kernel.h"
 #include "cuda/sm80/backward/rows.cuh"
 
 namespace jax_flash::sm80 {
@@ -18,33 +19,33 @@ cudaError_t launch_backward_config(const BackwardParams& params, cudaStream_t st
   if (backward_workspace_bytes(shape) > params.workspace_bytes) return cudaErrorInvalidValue;
 
   constexpr int kPrepareRows = kPrepareThreads / prepare_lanes(Config::kHeadDim);
-  const int64_t heads = shape.B * shape.N();
   const int64_t prepare_blocks = workspace.rows / kPrepareRows;
-  const int64_t key_blocks = ceil_div(static_cast<int32_t>(shape.S), Config::kBlockN);
-  const int64_t query_blocks = ceil_div(static_cast<int32_t>(shape.T), Config::kBlockM);
-  if (heads * prepare_blocks > INT32_MAX || shape.B * shape.K * key_blocks > INT32_MAX)
-    return cudaErrorInvalidConfiguration;
+  const int64_t key_blocks = (shape.S + Config::kBlockN - 1) / Config::kBlockN;
+  const int64_t query_blocks = (shape.T + Config::kBlockM - 1) / Config::kBlockM;
+  for (const int64_t blocks : {prepare_blocks, key_blocks, query_blocks}) {
+    if (!countable({blocks, shape.B, shape.K, shape.G})) return cudaErrorInvalidValue;
+  }
+  const int64_t heads = shape.B * shape.N();
 
   bool aligned = shape.H % 8 == 0;
   for (const void* array : {params.q, params.k, params.v, params.o, params.d_o, static_cast<const void*>(params.dq),
                             static_cast<const void*>(params.dk), static_cast<const void*>(params.dv)}) {
     aligned = aligned && reinterpret_cast<uintptr_t>(array) % 16 == 0;
   }
-  if (heads * prepare_blocks > 0) {
-    backward_prepare_kernel<Element, Config::kHeadDim>
-        <<<static_cast<unsigned>(heads * prepare_blocks), kPrepareThreads, 0, stream>>>(
-            params, workspace, static_cast<int>(prepare_blocks), aligned);
-  }
-  if (shape.B * shape.K * key_blocks > 0) {
-    kernel<<<static_cast<unsigned>(shape.B * shape.K * key_blocks), Config::kThreads, kBytes, stream>>>(
-        params, ScoreTransform::make(params.score.softmax_scale, params.score.softcap), workspace,
-        static_cast<int>(key_blocks), aligned);
-  }
-  if (heads * query_blocks > 0) {
-    backward_finish_kernel<Config><<<static_cast<unsigned>(heads * query_blocks), Config::kThreads, 0, stream>>>(
-        params, workspace, static_cast<int>(query_blocks), aligned);
-  }
-  return cudaGetLastError();
+  const auto enqueue = [&](auto kernel, int64_t blocks, int threads, size_t shared_bytes, const auto&... arguments) {
+    if (blocks == 0) return cudaSuccess;
+    return launch_kernel(kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes}, stream,
+                         params, arguments...);
+  };
+  cudaError_t error = enqueue(backward_prepare_kernel<Element, Config::kHeadDim>, heads * prepare_blocks,
+                              kPrepareThreads, 0, workspace, static_cast<int>(prepare_blocks), aligned);
+  if (error != cudaSuccess) return error;
+  const ScoreTransform transform = ScoreTransform::make(params.score.softmax_scale, params.score.softcap);
+  error = enqueue(kernel, shape.B * shape.K * key_blocks, Config::kThreads, kBytes, transform, workspace,
+                  static_cast<int>(key_blocks), aligned);
+  if (error != cudaSuccess) return error;
+  return enqueue(backward_finish_kernel<Config>, heads * query_blocks, Config::kThreads, 0, workspace,
+                 static_cast<int>(query_blocks), aligned);
 }
 
 // <element, bucket, queries, keys, warps, of these along S' queries, dK's keys, dQ's queries, stages of Q, of dO,

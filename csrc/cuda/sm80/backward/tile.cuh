@@ -56,7 +56,8 @@ struct BackwardConfig {
     Element d_s[kBlockM * kBlockN];
     float lse2[2][kBlockM];
     float delta[2][kBlockM];
-    Band band;  // kept here, since only boundary blocks use it
+    Band band;   // kept here, since only boundary blocks use it
+    int number;  // see block_number()
   };
 };
 

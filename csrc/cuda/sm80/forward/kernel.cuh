@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int valid_rows = make_band(shape, params.band, target.head.b, target.head.kh).T - target.i0;
   const int rows = static_cast<int>(shape.T) - target.i0;
   float* gLse = params.lse + int64_t{target.linear_head} * shape.T + target.i0;
+  if constexpr (!Config::kQueryInRegisters) __syncwarp();  // the output goes where the warp has read its Q
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     float inverse[2], lse[2];

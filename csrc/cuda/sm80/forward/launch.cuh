@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device.h"
+#include "cuda/launch_kernel.h"
 #include "cuda/sm80/forward/kernel.cuh"
 
 namespace jax_flash::sm80 {
@@ -14,16 +15,15 @@ cudaError_t launch_forward_config(const ForwardParams& params, cudaStream_t stre
     return error;
   const Shape& shape = params.shape;
   const int64_t query_blocks = (shape.T + Config::kBlockM - 1) / Config::kBlockM;
-  const int64_t blocks = query_blocks * shape.B * shape.N();
+  if (!countable({query_blocks, shape.B, shape.K, shape.G})) return cudaErrorInvalidValue;
+  const auto blocks = static_cast<unsigned>(query_blocks * shape.B * shape.N());
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto on_16_bytes = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool aligned = shape.H % 8 == 0 && on_16_bytes(params.q) && on_16_bytes(params.k) && on_16_bytes(params.v) &&
                        on_16_bytes(params.o);
-  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, kBytes, stream>>>(
-      params, ScoreTransform::make(params.score.softmax_scale, params.score.softcap), static_cast<int>(query_blocks),
-      aligned);
-  return cudaGetLastError();
+  const ScoreTransform transform = ScoreTransform::make(params.score.softmax_scale, params.score.softcap);
+  return launch_kernel(kernel, {blocks, Config::kThreads, kBytes}, stream, params, transform,
+                       static_cast<int>(query_blocks), aligned);
 }
 
 // <element, bucket, queries, keys, warps, stages, blocks per SM, Q in registers, where>. Two blocks of a large

@@ -265,7 +265,19 @@ class Consumer {
   __device__ __forceinline__ bool soften(int32_t n, float (&rS)[kKeys / 2]) {
     if (a.transform.needed) a.transform.apply(rS);
     if (n < own.full_begin || n >= own.full_end) hide(n, rS);
-    return softmax.update(rS, correction);
+    const bool rescale = softmax.update(rS, correction);
+    if (n + 1 == own.settled && own.settled < own.end) put_off_settling(n);
+    return rescale;
+  }
+
+  // A row that the band shows keys may have met scores of -inf alone: then the next step is not a settled one either.
+  // That is for the whole warpgroup to say, which takes its steps together. (bar.red would be shorter, but beside it
+  // the compiler runs out of registers and serialises the products.)
+  __device__ __forceinline__ void put_off_settling(int32_t n) {
+    int32_t& settled = shared.work[round % shared.kWorks].own[warpgroup].settled;
+    if (softmax.unsettled()) settled = n + 2;
+    ptx::named_barrier_sync(1 + Config::kWarpgroups + warpgroup, 128);
+    own.settled = min(settled, n + 2);  // a warp ahead of this one may have put it off once more
   }
 
   // What the band hides in step n.

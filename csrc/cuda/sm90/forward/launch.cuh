@@ -1,9 +1,8 @@
 // Host side of the Hopper forward for one element type and head-dim bucket.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "cuda/device.h"
+#include "cuda/launch_kernel.h"
 #include "cuda/sm90/forward/kernel.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "params.h"
@@ -47,19 +46,20 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
   if (error != cudaSuccess) return error;
 
   const int64_t tile_queries = Config::kWarpgroups * a.queries;
-  const int32_t query_tiles = static_cast<int32_t>((shape.T + tile_queries - 1) / tile_queries);
+  const int64_t query_tiles = (shape.T + tile_queries - 1) / tile_queries;
+  if (!countable({query_tiles, shape.B, shape.K, shape.G})) return cudaErrorInvalidValue;
   const int64_t tiles = query_tiles * heads * shape.B;
   const int32_t blocks = tiles < device.multiprocessors ? static_cast<int32_t>(tiles) : device.multiprocessors;
-  a.schedule = ForwardSchedule::make(query_tiles, static_cast<int32_t>(heads), static_cast<int32_t>(shape.B),
-                                     static_cast<int32_t>(heads / shape.K), band, blocks);
+  a.schedule =
+      ForwardSchedule::make(static_cast<int32_t>(query_tiles), static_cast<int32_t>(heads),
+                            static_cast<int32_t>(shape.B), static_cast<int32_t>(heads / shape.K), band, blocks);
 
   const auto kernel = forward_kernel<Config>;
   constexpr int kSharedBytes = sizeof(ForwardShared<Config>);
   static_assert(kSharedBytes <= Config::kSharedLimit);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<blocks, Config::kThreads, kSharedBytes, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(kernel, {blocks, Config::kThreads, kSharedBytes}, stream, a);
 }
 
 template <class Element, int kHeadDim>

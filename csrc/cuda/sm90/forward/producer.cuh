@@ -66,9 +66,11 @@ __device__ __forceinline__ void load_keys(typename Config::Element (*sTile)[Conf
 template <class Config>
 __device__ __forceinline__ void produce_tiles(ForwardShared<Config>& shared, const ForwardArguments& a) {
   for (int32_t round = 0;; ++round) {
-    ForwardWork& work = shared.work[round % shared.kWorks];
+    const Slot<ForwardShared<Config>::kWorks> slot(round);
+    ForwardWork& work = shared.work[slot.stage];
+    ptx::mbarrier_wait(&shared.work_read[slot.stage], slot.empty_parity);
     work = next_work<Config>(a, round);
-    ptx::mbarrier_arrive(&shared.work_told[round % shared.kWorks]);
+    ptx::mbarrier_arrive(&shared.work_told[slot.stage]);
     load_queries<Config>(shared, a, round);
     if (work.last) break;
   }
@@ -83,9 +85,12 @@ __device__ __forceinline__ void produce_keys(ForwardShared<Config>& shared, cons
     bool last;
   };
   const auto open = [&](int32_t round) {
-    ptx::mbarrier_wait(&shared.work_told[round % shared.kWorks], round / shared.kWorks & 1);
-    const ForwardWork& work = shared.work[round % shared.kWorks];
-    return Tile{work.steps, work.first_key, work.key_step, work.kv_head, work.tile.batch, work.last};
+    const Slot<ForwardShared<Config>::kWorks> slot(round);
+    ptx::mbarrier_wait(&shared.work_told[slot.stage], slot.full_parity);
+    const ForwardWork& work = shared.work[slot.stage];
+    const Tile tile{work.steps, work.first_key, work.key_step, work.kv_head, work.tile.batch, work.last};
+    ptx::mbarrier_arrive(&shared.work_read[slot.stage]);
+    return tile;
   };
   uint32_t k_use = 0, v_use = 0;
   const auto load_k = [&](const Tile& tile, int32_t step) {

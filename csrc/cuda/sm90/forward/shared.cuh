@@ -55,8 +55,8 @@ struct ForwardWork {
 template <class Config>
 struct ForwardShared {
   using Element = typename Config::Element;
-  // The news of a tile is up to three tiles ahead of the slowest warpgroup, and that may still store the tile before
-  // its own.
+  // The news of a tile is up to three tiles ahead of the slowest warpgroup, since its Q has to have room, and that may
+  // still store the tile before its own. The producer of K and V says when it has read.
   static constexpr int kWorks = 8;
   // Each panel is [rows][kPanelColumns], swizzled.
   alignas(
@@ -67,7 +67,8 @@ struct ForwardShared {
   alignas(8) uint64_t q_full[Config::kQStages][Config::kWarpgroups], q_empty[Config::kQStages][Config::kWarpgroups];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
-  uint64_t work_told[kWorks];  // for the producer of K and V; consumers hear of a tile with its Q
+  // For the producer of K and V; consumers hear of a tile with its Q.
+  uint64_t work_told[kWorks], work_read[kWorks];
   // Row r of a warpgroup is query r / packed of head r % packed; past every T where the group leaves a rest. (Looked
   // up, because registers are dear and it is rarely needed.)
   int32_t row_query[Config::kRows], row_head[Config::kRows];

@@ -12,7 +12,8 @@ namespace jax_flash::sm90 {
 
 // 2^x on the FMA pipe, relative error 7.5e-5 (a bfloat16 probability is rounded to 2e-3, a float16 one to 2.4e-4).
 // x = n + f with f in [-1/2, 1/2]: adding 1.5 * 2^23 leaves n in the low mantissa bits, from where it is shifted into
-// the exponent. Below 2^-126 the result stays there: not 0, but nothing beside a row's largest probability.
+// the exponent. Below 2^-126 the result stays there: not 0, but nothing beside a row's largest probability. NaN comes
+// out as a number (the shift makes it one), and is found before it gets here: see update_settled().
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float kRound = 12582912.0f;
   x = fmaxf(x, -126.0f);
@@ -85,9 +86,13 @@ struct LaggingSoftmax {
     return rescale;
   }
 
+  // Whether a row has a key to see and has seen none above -inf: then it is not ready for update_settled().
+  __device__ __forceinline__ bool unsettled() const { return base[0] == -infinity() || base[1] == -infinity(); }
+
   // The same where every row has seen a key before: the maximum itself is not needed, only whether an exponent exceeds
   // kLag. Positive floats compare like integers and negative ones are below them, so the three-way integer maximum
-  // serves, and lanes ask each other nothing before one of them says so.
+  // serves, and lanes ask each other nothing before one of them says so. NaN, as arithmetic makes it, is the greatest
+  // integer: it comes through to `growth`, and then makes all of its row NaN.
   template <int kPolynomial, int kFloats>
   __device__ __forceinline__ bool update_settled(float (&acc)[kFloats], float (&correction)[2]) {
     int grown[2][2] = {{0, 0}, {0, 0}};
@@ -101,11 +106,13 @@ struct LaggingSoftmax {
     }
     const float growth[2] = {__int_as_float(max(grown[0][0], grown[0][1])),
                              __int_as_float(max(grown[1][0], grown[1][1]))};
-    const bool rescale = __any_sync(~0u, fmaxf(growth[0], growth[1]) > kLag);
+    const bool rescale = __any_sync(~0u, !(ptx::max_nan(growth[0], growth[1]) <= kLag));
     if (rescale) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float row_growth = quad_max(growth[r]);
+        float row_growth = quad_max_nan(growth[r]);
+        if (row_growth <= kLag) row_growth = 0.0f;  // a row is none of another's business: that may be NaN
+        row_growth += row_growth * 0.0f;            // and so is a row that sees +inf
         base[r] += row_growth;
         correction[r] = ptx::ex2(-row_growth);
         sum[r] *= correction[r];
@@ -125,7 +132,7 @@ struct LaggingSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = quad_sum(sum[r]);
-      const bool seen = base[r] != -infinity();
+      const bool seen = base[r] != -infinity() || total != total;
       inverse[r] = seen ? ptx::rcp(total) : 0.0f;
       lse[r] = seen ? (base[r] + ptx::lg2(total)) * kLn2 : -infinity();
     }

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash import _kvcache_primitive, _primitive
+from jax_flash import _ffi, _kvcache_primitive, _primitive
 
 B, K, G, T, S, H = 2, 3, 2, 5, 40, 32
 T_NEW, LENGTH, POSITIONS, PAGES, PAGE = 2, 9, 50, 3, 8
 
 # Of kvcache, in order.
 OPERANDS = _kvcache_primitive.Operands._fields
-OPTIONS = ("present", "time_major", "window_left", "window_right", "num_splits", "rotary_interleaved")
+OPTIONS = ("present", "time_major", "left", "right", "num_splits", "rotary_interleaved")
 
 
 @dataclasses.dataclass
@@ -68,8 +68,9 @@ def targets(dtype: str, platform: str) -> dict[str, Callable[[], Call]]:
         return dict(
             softmax_scale=np.float32(0.5),
             softcap=np.float32(0),
-            window_left=-1,
-            window_right=-1,
+            left=_ffi.side(None),
+            right=_ffi.side(None),
+            top_left=False,
             has_mask="mask" in present,
             has_q_lengths="q_lengths" in present,
             has_kv_lengths="kv_lengths" in present,
@@ -94,8 +95,10 @@ def targets(dtype: str, platform: str) -> dict[str, Callable[[], Call]]:
         optional |= dict(lengths=vector, leftpad=vector)
         optional |= dict(block_table=((B, PAGES), "int32")) if paged else {}
         optional |= dict(cos=table, sin=table)
-        options = dict(present=sum(1 << OPERANDS[3:].index(name) for name in optional), time_major=1, window_left=-1)
-        options |= dict(window_right=0, num_splits=0, rotary_interleaved=0)
+        options = dict(
+            present=sum(1 << OPERANDS[3:].index(name) for name in optional), time_major=1, left=_ffi.side(None)
+        )
+        options |= dict(right=0, num_splits=0, rotary_interleaved=0)
         results = dict(o=query, lse=statistic, workspace=((1 if platform == "cpu" else 2**24,), "uint8"))
         results |= dict(k_cache=cache, v_cache=cache) if append else {}
         return Call(
@@ -237,8 +240,8 @@ CASES = {
     "softmax_scale of NaN": ("forward", attribute(softmax_scale=np.float32(np.nan)), "softmax_scale must be finite"),
     "softcap below 0": ("forward", attribute(softcap=np.float32(-1)), "softcap"),
     "softcap of infinity": ("forward", attribute(softcap=np.float32(np.inf)), "softcap"),
-    "window as float": ("forward", attribute(window_left=np.float32(1)), "window_left"),
-    "window as text": ("forward", attribute(window_right="1"), "window_right"),
+    "a side as float": ("forward", attribute(left=np.float32(1)), "left"),
+    "a side as text": ("forward", attribute(right="1"), "right"),
     "another order of axes": ("forward", attribute(time_major=False), "must have shape"),
     # backward
     "o shorter than q": ("backward", array(o=(B, T - 1, K, G, H)), "o must have shape"),

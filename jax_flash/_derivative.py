@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -14,12 +12,14 @@ from jax_flash._operands import TABLE, merge_heads, split_heads
 from jax_flash._spec import Spec
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The output (B, T, N, H) and the log-sum-exp (B, N, T). q, k and v are the API's arrays, the rest as the table
     has it."""
     results = _primitive.bind("forward", spec, operands | {"q": split_heads("q", operands["q"], _kv_heads(operands))})
     return merge_heads("o", results["o"]), merge_heads("lse", results["lse"])
+
+
+attend = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
 def _attend_forward(spec: Spec, operands):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jax_flash._ffi import _native
 
@@ -59,7 +60,7 @@ def like(call: str, result: str) -> str:
     return "q"
 
 
-def sizes(operands: Mapping, memory_order: bool = True) -> dict[str, object]:
+def sizes(operands: Mapping, memory_order: bool = True) -> dict[str, Any]:
     """What the letters stand for in a call with operands of these shapes; axes of vmap aside."""
     letters = {}
     for name, x in operands.items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def _result_avals(call: str, operands: Mapping[str, ShapedArray], group_axes: in
     return avals
 
 
-def _group_size(operands: Mapping[str, ShapedArray], behind: int):
+def _group_size(operands: Mapping[str, ShapedArray | jax.Array], behind: int):
     """The size of the group axis that lies so far before an array's own axes: that of the arrays where it is not 1."""
     found = 1
     for name, x in operands.items():
@@ -131,11 +132,12 @@ def _refuse_gradient(primals, tangents, *, call: str, **_):
 def _lower(platform: str, ctx: mlir.LoweringRuleContext, *operands, call, spec, names, group_axes):
     lower_to = functools.partial(mlir.lower_fun, multiple_results=True)
     params = dict(call=call, spec=spec, names=names, group_axes=group_axes)
-    if any(size == 0 for aval in ctx.avals_in for size in aval.shape if isinstance(size, int)):
+    avals_in = cast("Sequence[ShapedArray]", ctx.avals_in)
+    if any(size == 0 for aval in avals_in for size in aval.shape if isinstance(size, int)):
         # Nothing to compute: the results are constants, which XLA finds out for itself.
         return lower_to(_evaluate_reference)(ctx, *operands, **params)
     if platform == "cuda":
-        _kernels.check_cuda(call, ctx.avals_in[0])
+        _kernels.check_cuda(call, avals_in[0])
     # Rows of a cache that are looked up cannot be split with the sequences.
     split = _sharding.partitioned(ctx) and "batch_index" not in names and "block_table" not in names
     expand = _call_logical if split else _call_in_memory_order
@@ -252,8 +254,8 @@ def _abstract_eval_call(*avals: ShapedArray, call, names, memory_order, **_) -> 
 
 
 def _lower_call(ctx: mlir.LoweringRuleContext, *operands, call, spec, names, platform, memory_order):
-    avals_in = dict(zip(names, ctx.avals_in, strict=True))
-    avals_out = dict(zip(results(call, names), ctx.avals_out, strict=True))
+    avals_in = dict(zip(names, cast("Sequence[ShapedArray]", ctx.avals_in), strict=True))
+    avals_out = dict(zip(results(call, names), cast("Sequence[ShapedArray]", ctx.avals_out), strict=True))
     devices = 1 if memory_order else _sharding.num_devices(ctx)
     plan = _kernels.plan(call, platform, spec, avals_in, memory_order, devices)
     if plan.workspace is not None:
@@ -263,7 +265,7 @@ def _lower_call(ctx: mlir.LoweringRuleContext, *operands, call, spec, names, pla
     aliases = {name: name for name in avals_out if name in names}
     if plan.o_may_be_q and memory_order:
         aliases["q"] = "o"
-    options = dict(
+    options: dict[str, Any] = dict(
         operand_output_aliases={names.index(a): list(avals_out).index(b) for a, b in aliases.items()} or None
     )
     if not memory_order:

@@ -82,7 +82,7 @@ def _one_kvcache(spec: Spec, operands: dict[str, jax.Array]) -> dict[str, jax.Ar
     R, S = k_cache.shape[:2]
     capacity = S if x.block_table is None else S * x.block_table.shape[1]
     length = jnp.full((B,), capacity, jnp.int32) if x.lengths is None else jnp.clip(x.lengths, 0, capacity)
-    T_new = appended = 0 if x.k_new is None else x.k_new.shape[1]
+    T_new = appended = x.k_new.shape[1] if "k_new" in operands else 0
 
     # Where each position lies among all positions of the cache, -1 where it has no place.
     j = jnp.arange(capacity, dtype=jnp.int32)

@@ -48,13 +48,13 @@ def partitioning(operands: Mapping[str, ShapedArray], results: Mapping[str, Shap
     rule = str_to_sdy_sharding_rule(
         f"{', '.join(terms_in)} -> {', '.join(terms_out)}", need_replication_factors=tuple(factors)
     )
-    types_in, types_out = (
-        [mlir.ir.RankedTensorType.get(a.shape, mlir.dtype_to_ir_type(a.dtype)) for a in arrays.values()]
-        for arrays in (operands, results)
-    )
+
+    def types(arrays) -> list[mlir.ir.Type]:
+        return [mlir.ir.RankedTensorType.get(a.shape, mlir.dtype_to_ir_type(a.dtype)) for a in arrays.values()]
+
     return {
         "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": str(num_batch_dims)}),
-        "sdy.sharding_rule": sdy_sharding_rule_to_mlir(rule, types_in, types_out),
+        "sdy.sharding_rule": sdy_sharding_rule_to_mlir(rule, types(operands), types(results)),
     }
 
 

@@ -11,8 +11,8 @@ class Band:
     """The contiguous range of keys that a query sees.
 
     With t and s valid queries and keys, query i < t sees the keys j < s with i + d - left <= j <= i + d + right. A side
-    may have any sign, and None does not limit; causal is right=0. d is 0 from the top left, else s - t, FlashAttention's
-    bottom right; or what the operand `diagonal` says.
+    may have any sign, and None does not limit; causal is right=0. d is 0 from the top left, else s - t, that is
+    FlashAttention's bottom right; or what the operand `diagonal` says.
     """
 
     left: int | None = None

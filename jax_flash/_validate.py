@@ -11,12 +11,15 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_flash._spec import Band, Spec
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**29
+# What has a shape and a dtype.
+Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 _INT32 = np.iinfo(np.int32)
 _FLOAT32 = np.finfo(np.float32)
 
@@ -43,7 +46,7 @@ def _saturated(x, library):
     return library.clip(x, library.asarray(least, x.dtype), library.asarray(most, x.dtype)).astype(np.int32)
 
 
-def check_qkv(function: str, q: jax.Array, k: jax.Array, v: jax.Array, names: tuple[str, str, str] = ("q", "k", "v")):
+def check_qkv(function: str, q: Shaped, k: Shaped, v: Shaped, names: tuple[str, str, str] = ("q", "k", "v")):
     """q (B, T, N, H), k and v (B, S, K, H), or all three without B; one dtype; N a multiple of K."""
     n_q, n_k, n_v = names
     every, keys = f"{n_q}, {n_k} and {n_v}", f"{n_k} and {n_v}"
@@ -147,14 +150,14 @@ def _softcap(function: str, softcap) -> float | None:
     return value
 
 
-def show(x: jax.Array) -> str:
+def show(x: Shaped) -> str:
     """The dtype and shape of an array, for messages."""
     return f"{x.dtype.name}{tuple(x.shape)}"
 
 
 def static(function: str, name: str, value, way_out: str = "") -> None:
     """Refuses a traced value where a compiled program depends on what it is."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         way_out = way_out or (
             f"bind it with functools.partial({function}, {name}=...) before jit, or list it in jit's static_argnames"
         )
@@ -173,7 +176,7 @@ def _number(function: str, name: str, value) -> float:
         value = float(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise ValueError(f"{function}: {name} must be a number; got {value!r}")
-    if not math.isfinite(value) or abs(value) > float(_FLOAT32.max):
+    if not math.isfinite(value) or abs(float(value)) > float(_FLOAT32.max):
         raise ValueError(f"{function}: {name} must be finite in float32, or None; got {value!r}")
     return float(value)
 

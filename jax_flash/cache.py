@@ -248,9 +248,11 @@ def append(
     lengths = jnp.clip(_integers(name, "cache_seqlens", cache_seqlens, (B,)), 0, capacity)
     position = lengths[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     row, offset = _place(k_cache, position, table)
-    return tuple(
-        cache.at[row, offset].set(new.astype(cache.dtype), mode="drop") for cache, new in ((k_cache, k), (v_cache, v))
-    )
+
+    def write(cache, new):
+        return cache.at[row, offset].set(new.astype(cache.dtype), mode="drop")
+
+    return write(k_cache, k), write(v_cache, v)
 
 
 def gather(
@@ -313,14 +315,15 @@ def _zeros(function: str, dtype, **sizes: int) -> Arrays:
 
 
 def _check_size(function: str, name: str, size) -> None:
-    integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-    if not export.is_symbolic_dim(size) and not (integer and size >= 0):
+    if export.is_symbolic_dim(size):
+        return
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool) or int(size) < 0:
         raise ValueError(f"{function}: {name} must be an integer, at least 0; got {size!r}")
 
 
 def _check_page_size(function: str, size) -> None:
     integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-    if not (integer and size > 0 and size % 8 == 0):
+    if not (integer and int(size) > 0 and int(size) % 8 == 0):
         raise ValueError(f"{function}: page_size must be a positive multiple of 8; got {size!r}")
 
 

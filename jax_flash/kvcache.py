@@ -169,7 +169,8 @@ def _lengths(cache_seqlens, q) -> jax.Array:
 def _splits(num_splits) -> int:
     _validate.static(_NAME, "num_splits", num_splits)
     num_splits = 0 if num_splits is None else num_splits
-    if isinstance(num_splits, bool) or not isinstance(num_splits, numbers.Integral) or not 0 <= num_splits <= 4096:
+    integer = isinstance(num_splits, numbers.Integral) and not isinstance(num_splits, bool)
+    if not (integer and 0 <= int(num_splits) <= 4096):
         raise ValueError(f"{_NAME}: num_splits must be an integer from 0 to 4096, or None; got {num_splits!r}")
     return int(num_splits)
 

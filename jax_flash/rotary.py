@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ class Rotary:
             of a cache of n positions.
           head_dim: H of the queries and keys.
         """
-        if isinstance(positions, numbers.Integral) or jax.export.is_symbolic_dim(positions):
+        if isinstance(positions, numbers.Integral) or jax.export.is_symbolic_dim(cast(Any, positions)):
             positions = jnp.arange(positions)
         positions = jnp.asarray(positions).astype(jnp.float32)
         frequencies = self.frequencies(head_dim).reshape((1,) * positions.ndim + (-1,))
@@ -238,5 +239,5 @@ def _check_tables(x, cos, sin) -> None:
 
 def _check_positive(name: str, **values) -> None:
     for field, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
             raise ValueError(f"rotary.{name}: {field} must be a positive number; got {value!r}")

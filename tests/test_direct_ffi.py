@@ -1,8 +1,5 @@
 """The handlers, called as XLA calls them and not as this package does: what does not fit together is an error that says
-what, on every backend, and never a read or a write outside the buffers.
-
-How a call states itself to its handler is known to `targets`, `OPERANDS` and `OPTIONS` alone.
-"""
+what, on every backend, and never a read or a write outside the buffers."""
 
 from __future__ import annotations
 
@@ -14,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash import _ffi, _kvcache_primitive, _primitive
+from jax_flash import _ffi
+from jax_flash._ffi import _native
+from jax_flash._operands import TABLE, in_order, results
+from jax_flash._spec import Band, Spec
 
-B, K, G, T, S, H = 2, 3, 2, 5, 40, 32
-T_NEW, LENGTH, POSITIONS, PAGES, PAGE = 2, 9, 50, 3, 8
+# What the letters of the operand table stand for here.
+SIZES = dict(b=2, k=3, g=2, t=5, s=40, h=32, u=2, r=2, n=3, p=50, d=8, w=2)
+B, K, G, T, S, H, T_NEW, PAGES, POSITIONS = (SIZES[letter] for letter in "bkgtshunp")
+PAGE, POOL, LENGTH = 8, 7, 9
 
-# Of kvcache, in order.
-OPERANDS = _kvcache_primitive.Operands._fields
-OPTIONS = ("present", "time_major", "left", "right", "num_splits", "rotary_interleaved")
+DECODE, PREFILL = 0, 1  # the kernels of KvcacheKernel
 
 
 @dataclasses.dataclass
@@ -41,6 +41,7 @@ class Call:
         call = jax.ffi.ffi_call(
             self.target,
             [jax.ShapeDtypeStruct(*result) for result in self.results.values()],
+            has_side_effect=True,  # XLA drops a call whose results are empty
             input_output_aliases={names.index(a): results.index(b) for a, b in aliases.items()},
         )
         outs = call(*(values(name, *operand) for name, operand in self.operands.items()), **self.attributes)
@@ -57,64 +58,40 @@ def values(name: str, shape: tuple, dtype: str) -> jax.Array:
 
 def targets(dtype: str, platform: str) -> dict[str, Callable[[], Call]]:
     """Calls that are right, which the cases below spoil."""
-    query, key, statistic = ((B, T, K, G, H), dtype), ((B, S, K, H), dtype), ((B, K, G, T), "float32")
-    extras = {
-        "mask": ((B, K, 1, T, (S + 31) // 32), "uint32"),
-        "q_lengths": ((B, K), "int32"),
-        "kv_lengths": ((B, K), "int32"),
-    }
 
-    def attributes(present, **more):
-        return dict(
-            softmax_scale=np.float32(0.5),
-            softcap=np.float32(0),
-            left=_ffi.side(None),
-            right=_ffi.side(None),
-            top_left=False,
-            has_mask="mask" in present,
-            has_q_lengths="q_lengths" in present,
-            has_kv_lengths="kv_lengths" in present,
-            time_major=True,
-            **more,
-        )
+    def make(call, extras, band=Band(), workspace=None, **sizes):
+        sizes = SIZES | sizes
 
-    def forward():
-        operands = dict(q=query, k=key, v=key) | extras
-        return Call("jax_flash_forward", operands, dict(o=query, lse=statistic), attributes(extras))
+        def array(name):
+            row = TABLE[name]
+            # A mask is shared by the query heads of a KV head here.
+            shape = tuple(1 if letter == "G" else sizes[letter.lower()] for letter in row.memory)
+            return shape, dtype if row.type == "input" else "float32" if row.type.startswith("input") else row.type
 
-    def backward():
-        operands = dict(q=query, k=key, v=key, o=query, lse=statistic, do=query, dlse=statistic) | extras
-        aval = jax.core.ShapedArray((B, K, G, T, H), np.dtype(dtype))
-        results = dict(dq=query, dk=key, dv=key, workspace=(_primitive._workspace(aval).shape, "uint8"))
-        return Call("jax_flash_backward", operands, results, attributes(extras, deterministic=False, has_dlse=True))
+        required = [name for name, row in TABLE.items() if row.roles[call] in ("required", "updated")]
+        operands = in_order({name: array(name) for name in (*required, *extras)})
+        outs = {name: array(name) for name in results(call, operands)}
+        if workspace:
+            outs["workspace"] = ((workspace,), "uint8")
+        attributes = _ffi.attributes(Spec(0.5, band=band), operands)
+        return Call(f"jax_flash_{call}", operands, outs, attributes, {name: name for name in outs if name in operands})
 
-    def kvcache(paged, append=True):
-        cache = ((7, PAGE, K, H), dtype) if paged else ((B, S, K, H), dtype)
-        new, table, vector = ((B, T_NEW, K, H), dtype), ((POSITIONS, 8), "float32"), ((B,), "int32")
-        optional = dict(k_new=new, v_new=new) if append else {}
-        optional |= dict(lengths=vector, leftpad=vector)
-        optional |= dict(block_table=((B, PAGES), "int32")) if paged else {}
-        optional |= dict(cos=table, sin=table)
-        options = dict(
-            present=sum(1 << OPERANDS[3:].index(name) for name in optional), time_major=1, left=_ffi.side(None)
-        )
-        options |= dict(right=0, num_splits=0, rotary_interleaved=0)
-        results = dict(o=query, lse=statistic, workspace=((1 if platform == "cpu" else 2**24,), "uint8"))
-        results |= dict(k_cache=cache, v_cache=cache) if append else {}
-        return Call(
-            "jax_flash_kvcache",
-            dict(q=query, k_cache=cache, v_cache=cache) | optional,
-            results,
-            dict(options=np.array([*options.values()], np.int64), score=np.array([0.5, 0], np.float32)),
-            dict(k_cache="k_cache", v_cache="v_cache") if append else {},
+    extras = ("mask", "q_lengths", "kv_lengths")
+    per_kv_head, per_rows, rows = _native.backward_workspace(H)
+    scratch = dict(backward=B * K * (per_kv_head + G * -(-T // rows) * per_rows))
+    scratch["kvcache"] = 1 if platform == "cpu" else 2**24
+
+    def kvcache(*extras, **sizes):
+        return make(
+            "kvcache", ("lengths", "leftpad", "cos", "sin", *extras), Band(None, 0), scratch["kvcache"], **sizes
         )
 
     return {
-        "forward": forward,
-        "backward": backward,
-        "kvcache": lambda: kvcache(paged=False),
-        "paged": lambda: kvcache(paged=True),
-        "read-only": lambda: kvcache(paged=False, append=False),
+        "forward": lambda: make("forward", extras),
+        "backward": lambda: make("backward", ("dlse", *extras), workspace=scratch["backward"]),
+        "kvcache": lambda: kvcache("k_new", "v_new"),
+        "paged": lambda: kvcache("k_new", "v_new", "block_table", r=POOL, s=PAGE),
+        "read-only": kvcache,
     }
 
 
@@ -133,12 +110,37 @@ def array(**changed):
     return change
 
 
+def sized(**sizes):
+    """An axis of another size in every array that has it."""
+
+    def change(call):
+        for arrays in (call.operands, call.results):
+            for name, (shape, dtype) in arrays.items():
+                if name != "workspace":
+                    shape = tuple(sizes.get(axis, n) for axis, n in zip(TABLE[name].memory, shape, strict=True))
+                arrays[name] = (shape, dtype)
+
+    return change
+
+
 def without(*names):
+    """Arrays that are not passed, whatever the options announce."""
+
     def change(call):
         for name in names:
             arrays, name = (call.results, name[7:]) if name.startswith("result_") else (call.operands, name)
             arrays.pop(name, None)
             call.aliases.pop(name, None)
+
+    return change
+
+
+def also(name, shape, dtype="int32"):
+    """One operand more, announced and in its place."""
+
+    def change(call):
+        call.operands = in_order(call.operands | {name: (shape, dtype)})
+        announced(name)(call)
 
     return change
 
@@ -158,34 +160,30 @@ def no_attribute(name):
 def option(**changed):
     def change(call):
         for name, value in changed.items():
-            call.attributes["options"][OPTIONS.index(name)] = value
+            call.attributes["options"][_native.OPTIONS.index(name)] = value
 
     return change
 
 
-def announced(name, present=True):
-    """The bit of an optional operand of kvcache."""
+def score(softmax_scale=1.0, softcap=0.0):
+    return attribute(score=np.array([softmax_scale, softcap], np.float32))
+
+
+def announced(*names, present=True):
+    """Whether the options say that the call has these operands."""
 
     def change(call):
-        bit = 1 << OPERANDS[3:].index(name)
-        call.attributes["options"][0] &= ~bit
-        call.attributes["options"][0] |= bit if present else 0
+        at = _native.OPTIONS.index("present")
+        for name in names:
+            bit = 1 << list(TABLE).index(name)
+            call.attributes["options"][at] &= ~bit
+            call.attributes["options"][at] |= bit if present else 0
 
     return change
 
 
 def aliases(**pairs):
     return lambda call: setattr(call, "aliases", pairs)
-
-
-def first(name, shape, dtype="int32"):
-    """An operand before cos and sin, for those that a call has not."""
-
-    def change(call):
-        items = [(n, a) for n, a in call.operands.items() if n not in ("cos", "sin")]
-        call.operands = dict([*items, (name, (shape, dtype)), *((n, call.operands[n]) for n in ("cos", "sin"))])
-
-    return change
 
 
 def every(*changes):
@@ -196,194 +194,232 @@ def every(*changes):
     return change
 
 
-NUMBER = "Wrong number of (arguments|results)|does not match"
+SHARED = "may not share memory with"
+RANGES = (also("key_ranges", (B, K, T, 2)), also("query_ranges", (B, K, S, 2)))
 
 # (the call, how it is spoilt, what the error says)
 CASES = {
     # forward
-    "q of rank 4": ("forward", array(q=(B, T, K * G, H)), "ranks 5 and 4"),
-    "q and k of rank 70": ("forward", array(q=(1,) * 70, k=(1,) * 69), "ranks 5 and 4"),
-    "k of rank 5": ("forward", array(k=(B, S, K, 1, H)), "ranks 5 and 4"),
-    "a scalar q": ("forward", array(q=()), "ranks 5 and 4"),
-    "k with another batch": ("forward", array(k=(B + 1, S, K, H)), "k must have shape"),
-    "k with other heads": ("forward", array(k=(B, S, K + 1, H)), "k must have shape"),
-    "k with another head dim": ("forward", array(k=(B, S, K, H - 1)), "k must have shape"),
-    "v shorter than k": ("forward", array(v=(B, S - 1, K, H)), "v must have shape"),
-    "v of another dtype": ("forward", array(v="int8"), "v has the wrong dtype"),
+    "q of rank 4": ("forward", array(q=(B, T, K * G, H)), "q must have 5 axes"),
+    "q and k of rank 70": ("forward", array(q=(1,) * 70, k=(1,) * 69), "q must have 5 axes"),
+    "k of rank 5": ("forward", array(k=(B, S, K, 1, H)), "k must have the axes"),
+    "a scalar q": ("forward", array(q=()), "q must have 5 axes"),
+    "k with another batch": ("forward", array(k=(B + 1, S, K, H)), "k must have the axes bskh with b=2"),
+    "k with other heads": ("forward", array(k=(B, S, K + 1, H)), "k must have the axes"),
+    "k with another head dim": ("forward", array(k=(B, S, K, H - 1)), "k must have the axes"),
+    "v shorter than k": ("forward", array(v=(B, S - 1, K, H)), "v must have the axes"),
+    "mapped axes of q alone": ("forward", array(q=(1, B, T, K, G, H)), "k must have the axes"),
+    "other mapped axes of k": (
+        "forward",
+        array(q=(3, B, T, K, G, H), k=(2, B, S, K, H)),
+        r"k must have the axes \(3\) \+ bskh",
+    ),
+    "v of another dtype": ("forward", array(v="int8"), "v has the wrong dtype; it must be input, that of q"),
     "k of half the size": ("forward", array(k="int16"), "k has the wrong dtype"),
     "int8": ("forward", array(q="int8", k="int8", v="int8", result_o="int8"), "float32, float16 or bfloat16"),
-    "head dim 0": ("forward", array(q=(B, T, K, G, 0), k=(B, S, K, 0)), "head dim"),
-    "head dim 257": ("forward", array(q=(B, T, K, G, 257), k=(B, S, K, 257)), "head dim"),
-    "more than 2^29 keys": ("forward", array(k=(0, 2**29 + 1, K, H), q=(0, T, K, G, H)), "2\\^29"),
-    "more than 2^29 queries": ("forward", array(k=(0, S, K, H), q=(0, 2**29 + 1, K, G, H)), "2\\^29"),
-    "o of another shape": ("forward", array(result_o=(B, T, K, G, H - 1)), "o must have shape"),
+    "head dim 0": ("forward", sized(h=0), r"the axis h must lie in \[1, 256\]; got 0"),
+    "head dim 257": ("forward", sized(h=257), r"the axis h must lie in \[1, 256\]; got 257"),
+    "o of another shape": ("forward", array(result_o=(B, T, K, G, H - 1)), "o must have the axes"),
     "o of another dtype": ("forward", array(result_o="int8"), "o has the wrong dtype"),
-    "lse with its axes turned": ("forward", array(result_lse=(B, T, K, G)), "lse must have shape"),
+    "lse with its axes turned": ("forward", array(result_lse=(B, T, K, G)), "lse must have the axes"),
     "lse in half precision": ("forward", array(result_lse="float16"), "lse has the wrong dtype"),
-    "mask with too few words": ("forward", array(mask=(B, K, 1, T, 1)), "mask must have shape"),
-    "mask of another number of rows": ("forward", array(mask=(B, K, 1, T - 1, 2)), "mask must have shape"),
-    "mask of another group": ("forward", array(mask=(B, K, G + 1, T, 2)), "mask must have shape"),
-    "mask of rank 4": ("forward", array(mask=(B, K, T, 2)), "mask must have rank 5"),
-    "mask of bools": ("forward", array(mask="bool"), "mask has the wrong dtype"),
-    "q_lengths without heads": ("forward", array(q_lengths=(B,)), "q_lengths must have shape"),
+    "mask with too few words": ("forward", array(mask=(B, K, 1, T, 1)), "mask must have the axes bkGTw"),
+    "mask of another number of rows": ("forward", array(mask=(B, K, 1, T - 1, 2)), "mask must have the axes"),
+    "mask of another group": ("forward", array(mask=(B, K, G + 1, T, 2)), "mask must have the axes"),
+    "mask of rank 4": ("forward", array(mask=(B, K, T, 2)), "mask must have the axes"),
+    "mask for one head": ("forward", array(mask=(B, 1, 1, T, 2)), "mask must have the axes"),
+    "mask of bools": ("forward", array(mask="bool"), "mask has the wrong dtype; it must be uint32"),
+    "q_lengths without heads": ("forward", array(q_lengths=(B,)), "q_lengths must have the axes"),
     "kv_lengths of int16": ("forward", array(kv_lengths="int16"), "kv_lengths has the wrong dtype"),
-    "a length for each query": ("forward", array(kv_lengths=(B, T)), "kv_lengths must have shape"),
-    "no v": ("forward", without("v", "mask", "q_lengths", "kv_lengths"), NUMBER),
+    "a length for each query": ("forward", array(kv_lengths=(B, T)), "kv_lengths must have the axes"),
+    "a diagonal for each query": ("forward", also("diagonal", (B, K, T)), "diagonal must have the axes"),
+    "a diagonal of floats": ("forward", also("diagonal", (B, K), "float32"), "diagonal has the wrong dtype"),
+    "key_ranges without query_ranges": ("forward", RANGES[0], "key_ranges and query_ranges come together"),
+    "query_ranges without key_ranges": ("forward", RANGES[1], "key_ranges and query_ranges come together"),
+    "ranges without ends": (
+        "forward",
+        every(*RANGES, array(key_ranges=(B, K, T, 1))),
+        "key_ranges must have the axes bkt2 with b=2, k=3, t=5, 2=2",
+    ),
+    "query_ranges for each query": (
+        "forward",
+        every(*RANGES, array(query_ranges=(B, K, T, 2))),
+        "query_ranges must have the axes",
+    ),
+    "no v": ("forward", without("v", "mask", "q_lengths", "kv_lengths"), "v is announced, but missing"),
+    "no operand": ("forward", without("q", "k", "v", "mask", "q_lengths", "kv_lengths"), "q is announced, but missing"),
+    "v not announced": ("forward", announced("v", present=False), "v is missing"),
     "announced, but missing": ("forward", without("kv_lengths"), "kv_lengths is announced, but missing"),
-    "not announced": ("forward", attribute(has_kv_lengths=False), "more operands"),
-    "a surplus operand": ("forward", surplus("operands"), "more operands"),
-    "no lse": ("forward", without("result_lse"), NUMBER),
-    "a surplus result": ("forward", surplus("results"), NUMBER),
-    "no softmax_scale": ("forward", no_attribute("softmax_scale"), "softmax_scale"),
-    "no time_major": ("forward", no_attribute("time_major"), "time_major"),
-    "softmax_scale of float64": ("forward", attribute(softmax_scale=np.float64(1)), "softmax_scale"),
-    "softmax_scale of NaN": ("forward", attribute(softmax_scale=np.float32(np.nan)), "softmax_scale must be finite"),
-    "softcap below 0": ("forward", attribute(softcap=np.float32(-1)), "softcap"),
-    "softcap of infinity": ("forward", attribute(softcap=np.float32(np.inf)), "softcap"),
-    "a side as float": ("forward", attribute(left=np.float32(1)), "left"),
-    "a side as text": ("forward", attribute(right="1"), "right"),
-    "another order of axes": ("forward", attribute(time_major=False), "must have shape"),
+    "not announced": ("forward", announced("kv_lengths", present=False), "more operands than the options announce"),
+    "a surplus operand": ("forward", surplus("operands"), "more operands than the options announce"),
+    "an operand of backward": ("forward", announced("dlse"), "dlse is not an operand of this call"),
+    "an operand of kvcache": ("forward", also("lengths", (B,)), "lengths is not an operand of this call"),
+    "a result announced": ("forward", announced("o"), "o is not an operand of this call"),
+    "no lse": ("forward", without("result_lse"), "the result lse is missing"),
+    "a surplus result": ("forward", surplus("results"), "more results than such a call has"),
+    "a scale of NaN": ("forward", score(np.nan), "softmax_scale must be finite"),
+    "a softcap below 0": ("forward", score(softcap=-1), "softcap must be finite and not negative"),
+    "a softcap of infinity": ("forward", score(softcap=np.inf), "softcap must be finite and not negative"),
+    "another order of axes": ("forward", option(memory_order=0), "k must have the axes bksh"),
+    "o in q's place": ("forward", aliases(q="o"), f"the result o {SHARED} q"),
     # backward
-    "o shorter than q": ("backward", array(o=(B, T - 1, K, G, H)), "o must have shape"),
-    "do of another head dim": ("backward", array(do=(B, T, K, G, H + 1)), "do must have shape"),
+    "o shorter than q": ("backward", array(o=(B, T - 1, K, G, H)), "o must have the axes"),
+    "do of another head dim": ("backward", array(do=(B, T, K, G, H + 1)), "do must have the axes"),
     "do of another dtype": ("backward", array(do="int8"), "do has the wrong dtype"),
-    "the forward's lse in memory order": ("backward", array(lse=(B, T, K, G)), "lse must have shape"),
+    "the forward's lse in memory order": ("backward", array(lse=(B, T, K, G)), "lse must have the axes"),
     "dlse in half precision": ("backward", array(dlse="float16"), "dlse has the wrong dtype"),
-    "dlse for fewer rows": ("backward", array(dlse=(B, K, G, T - 1)), "dlse must have shape"),
-    "dq like k": ("backward", array(result_dq=(B, S, K, H)), "dq must have shape"),
-    "dk for each query head": ("backward", array(result_dk=(B, S, K * G, H)), "dk must have shape"),
-    "dv shorter than v": ("backward", array(result_dv=(B, S - 1, K, H)), "dv must have shape"),
+    "dlse for fewer rows": ("backward", array(dlse=(B, K, G, T - 1)), "dlse must have the axes"),
+    "dq like k": ("backward", array(result_dq=(B, S, K, H)), "dq must have the axes"),
+    "dk for each query head": ("backward", array(result_dk=(B, S, K * G, H)), "dk must have the axes"),
+    "dv shorter than v": ("backward", array(result_dv=(B, S - 1, K, H)), "dv must have the axes"),
     "dv in another dtype": ("backward", array(result_dv="int8"), "dv has the wrong dtype"),
     "an empty workspace": ("backward", array(result_workspace=(0,)), "workspace must hold"),
     "a workspace of one byte": ("backward", array(result_workspace=(1,)), "workspace must hold"),
-    "no workspace": ("backward", without("result_workspace"), NUMBER),
-    "a surplus gradient": ("backward", surplus("results", (B, S, K, H)), NUMBER),
-    "no dlse": ("backward", without("dlse"), "must have|wrong dtype|missing"),
-    "dlse not announced": ("backward", attribute(has_dlse=False), "must have|wrong dtype|more operands"),
-    "no deterministic": ("backward", no_attribute("deterministic"), "deterministic"),
+    "a workspace of two axes": ("backward", array(result_workspace=(2**10, 2**10)), "workspace must have the axes x"),
+    "a workspace of floats": ("backward", array(result_workspace="float32"), "workspace has the wrong dtype"),
+    "no workspace": ("backward", without("result_workspace"), "the result workspace is missing"),
+    "a surplus gradient": ("backward", surplus("results", (B, S, K, H)), "more results than such a call has"),
+    "no dlse": ("backward", without("dlse"), "dlse has the wrong dtype"),
+    "dlse not announced": ("backward", announced("dlse", present=False), "mask has the wrong dtype"),
+    "no o": ("backward", every(without("o"), announced("o", present=False)), "o is missing"),
+    "half of the ranges": ("backward", RANGES[1], "key_ranges and query_ranges come together"),
+    "dq in q's place": ("backward", aliases(q="dq"), f"the result dq {SHARED} q"),
+    "dq in o's place": ("backward", aliases(o="dq"), f"the result dq {SHARED} o"),
+    "dq in do's place": ("backward", aliases(do="dq"), f"the result dq {SHARED} do"),
+    "dk in k's place": ("backward", aliases(k="dk"), f"the result dk {SHARED} k"),
+    "dv in k's place": ("backward", aliases(k="dv"), f"the result dv {SHARED} k"),
+    "dv in v's place": ("backward", aliases(v="dv"), f"the result dv {SHARED} v"),
     # kvcache
-    "q for a cache of rank 5": ("kvcache", array(k_cache=(B, S, K, 1, H)), "ranks 5 and 4"),
-    "mapped axes of the cache alone": ("kvcache", array(k_cache=(1, B, S, K, H)), "ranks 5 and 4"),
-    "v_cache shorter than k_cache": ("kvcache", array(v_cache=(B, S - 1, K, H)), "v_cache must have shape"),
+    "k_cache of rank 5": ("kvcache", array(k_cache=(B, S, K, 1, H)), "k_cache must have the axes rskh"),
+    "mapped axes of the cache alone": ("kvcache", array(k_cache=(1, B, S, K, H)), "k_cache must have the axes"),
+    "v_cache shorter than k_cache": ("kvcache", array(v_cache=(B, S - 1, K, H)), "v_cache must have the axes"),
     "v_cache of another dtype": ("kvcache", array(v_cache="int8"), "v_cache has the wrong dtype"),
-    "a row too few": ("read-only", array(k_cache=(1, S, K, H), v_cache=(1, S, K, H)), "a row for each sequence"),
-    "a cache of more than 2^29 positions": (
-        "read-only",
-        array(q=(0, T, K, G, H), k_cache=(0, 2**29 + 1, K, H), v_cache=(0, 2**29 + 1, K, H)),
-        "2\\^29 positions",
-    ),
-    "more than 2^31 rows": (
-        "read-only",
-        array(k_cache=(2**31, 0, K, H), v_cache=(2**31, 0, K, H)),
-        "2\\^31 - 1 positions",
-    ),
-    "0 heads of a paged cache": (
+    "a row too few": ("read-only", sized(r=1), "a row for each sequence; got 1 rows for 2"),
+    "a row too many": ("read-only", sized(r=3), "a row for each sequence; got 3 rows for 2"),
+    "a cache of more than 2^29 positions": ("read-only", sized(b=0, r=0, s=2**29 + 1), "the axis s must lie in"),
+    "more than 2^31 rows": ("read-only", sized(r=2**31, s=0), f"the product of the axes Vr may be at most {2**31 - 1}"),
+    "0 heads of a paged cache": ("paged", sized(k=0), "the axis k must lie in"),
+    "0 query heads for a KV head": ("paged", sized(g=0), "the axis g must lie in"),
+    "head dim 0 of a cache": ("kvcache", sized(h=0), "the axis h must lie in"),
+    "head dim 257 of a cache": ("kvcache", sized(h=257), "the axis h must lie in"),
+    "more than 2^29 rows of a KV head": ("read-only", sized(b=0, r=0, t=2**28, g=3), "the product of the axes tg"),
+    "pages of 0 positions": ("paged", sized(s=0), "the axis s must lie in"),
+    "a block table of no pages": ("paged", sized(n=0), "the axis n must lie in"),
+    "a block table of too many pages": ("paged", sized(b=0, n=2**29), "the product of the axes ns"),
+    "a block table of 2^32 + 1 pages": ("paged", sized(b=0, n=2**32 + 1), "the axis n must lie in"),
+    "a block table for one sequence": ("paged", array(block_table=(1, PAGES)), "block_table must have the axes bn"),
+    "a block table of int64's halves": (
         "paged",
-        every(
-            array(q=(B, T, 0, G, H), result_o=(B, T, 0, G, H), result_lse=(B, 0, G, T)),
-            array(k_cache=(7, PAGE, 0, H), v_cache=(7, PAGE, 0, H), k_new=(B, 2, 0, H), v_new=(B, 2, 0, H)),
-            array(result_k_cache=(7, PAGE, 0, H), result_v_cache=(7, PAGE, 0, H)),
-        ),
-        "a head",
+        array(block_table=(B, 2 * PAGES, 1)),
+        "block_table must have the axes",
     ),
-    "0 query heads for a KV head": ("paged", array(q=(B, T, K, 0, H), result_o=(B, T, K, 0, H)), "a head"),
-    "pages of 0 positions": (
-        "paged",
-        array(k_cache=(7, 0, K, H), v_cache=(7, 0, K, H), result_k_cache=(7, 0, K, H), result_v_cache=(7, 0, K, H)),
-        "1 to 2\\^29 positions",
-    ),
-    "a block table of no pages": ("paged", array(block_table=(B, 0)), "1 to 2\\^29 positions"),
-    "a block table of too many pages": ("paged", array(block_table=(0, 2**29)), "1 to 2\\^29 positions"),
-    "a block table of 2^32 + 1 pages": ("paged", array(block_table=(0, 2**32 + 1)), "1 to 2\\^29 positions"),
-    "a block table for one sequence": ("paged", array(block_table=(1, PAGES)), "block_table must have shape"),
-    "a block table of int64's halves": ("paged", array(block_table=(B, 2 * PAGES, 1)), "block_table must have shape"),
     "a block table of int8": ("paged", array(block_table="int8"), "block_table has the wrong dtype"),
-    "batch_index beside a block table": (
-        "paged",
-        every(without("leftpad"), announced("leftpad", False), first("batch_index", (B,)), announced("batch_index")),
-        "exclude each other",
-    ),
-    "one new head for three": ("kvcache", array(k_new=(B, T_NEW, 1, H)), "k_new must have shape"),
-    "more new tokens than queries": (
-        "kvcache",
-        array(k_new=(B, T + 1, K, H), v_new=(B, T + 1, K, H)),
-        "more new tokens than queries",
-    ),
-    "fewer new values than keys": ("kvcache", array(v_new=(B, T_NEW - 1, K, H)), "v_new must have shape"),
-    "k_new of another rank": ("kvcache", array(k_new=(B, K, H)), "k_new must have shape"),
+    "batch_index beside a block table": ("paged", also("batch_index", (B,)), "exclude each other"),
+    "one new head for three": ("kvcache", array(k_new=(B, T_NEW, 1, H)), "k_new must have the axes"),
+    "more new tokens than queries": ("kvcache", sized(u=T + 1), r"the axis u must lie in \[0, 5\]; got 6"),
+    "fewer new values than keys": ("kvcache", array(v_new=(B, T_NEW - 1, K, H)), "v_new must have the axes"),
+    "k_new of another rank": ("kvcache", array(k_new=(B, K, H)), "k_new must have the axes"),
     "k_new of another dtype": ("kvcache", array(k_new="int8"), "k_new has the wrong dtype"),
-    "k_new alone": ("kvcache", every(without("v_new"), announced("v_new", False)), "come together"),
-    "cos alone": ("kvcache", every(without("sin"), announced("sin", False)), "come together"),
-    "a length for all": ("kvcache", array(lengths=(1,)), "lengths must have shape"),
+    "k_new alone": ("kvcache", every(without("v_new"), announced("v_new", present=False)), "come together"),
+    "v_new alone": (
+        "read-only",
+        also("v_new", (B, T_NEW, K, H), "float32"),
+        "come together|v_new has the wrong dtype",  # where q is half precision
+    ),
+    "cos alone": ("kvcache", every(without("sin"), announced("sin", present=False)), "come together"),
+    "sin alone": ("kvcache", every(without("cos"), announced("cos", present=False)), "come together"),
+    "a length for all": ("kvcache", array(lengths=(1,)), "lengths must have the axes"),
     "lengths of int8": ("kvcache", array(lengths="int8"), "lengths has the wrong dtype"),
-    "leftpad per head": ("kvcache", array(leftpad=(B, K)), "leftpad must have shape"),
-    "rotary tables of int8": ("kvcache", array(cos="int8", sin="int8"), "float32 or as q"),
-    "rotary tables of uint32": ("kvcache", array(cos="uint32", sin="uint32"), "float32 or as q"),
+    "leftpad per head": ("kvcache", array(leftpad=(B, K)), "leftpad must have the axes"),
+    "rotary tables of int8": ("kvcache", array(cos="int8", sin="int8"), "it must be input or float32"),
+    "rotary tables of uint32": ("kvcache", array(cos="uint32", sin="uint32"), "it must be input or float32"),
     "sin of int8": ("kvcache", array(sin="int8"), "sin has the wrong dtype"),
-    "sin with fewer positions": ("kvcache", array(sin=(POSITIONS - 1, 8)), "sin must have shape"),
-    "rotary tables wider than the head": ("kvcache", array(cos=(9, H), sin=(9, H)), "rotary tables"),
-    "rotary tables of an odd width": ("kvcache", array(cos=(9, 12), sin=(9, 12)), "rotary tables"),
-    "rotary tables of no position": ("kvcache", array(cos=(0, 8), sin=(0, 8)), "rotary tables"),
-    "rotary tables of no width": ("kvcache", array(cos=(9, 0), sin=(9, 0)), "rotary tables"),
-    "rotary tables of 2^61 columns": ("kvcache", array(cos=(0, 2**61), sin=(0, 2**61)), "rotary tables"),
-    "rotary tables of rank 1": ("kvcache", array(cos=(8,), sin=(8,)), "rotary tables"),
-    "a rotary table for each sequence": ("kvcache", array(cos=(B, 9, 8), sin=(B, 9, 8)), "cos must have shape"),
-    "the result o of another shape": ("kvcache", array(result_o=(B, T, K, H)), "o must have shape"),
-    "the result lse of another order": ("kvcache", array(result_lse=(B, T, K, G)), "lse must have shape"),
+    "sin with fewer positions": ("kvcache", array(sin=(POSITIONS - 1, 8)), "sin must have the axes pd"),
+    "rotary tables wider than the head": ("kvcache", sized(d=H), "the rotary dim must be"),
+    "rotary tables of an odd width": ("kvcache", sized(d=12), "the rotary dim must be"),
+    "rotary tables of no position": ("kvcache", sized(p=0), "the axis p must lie in"),
+    "rotary tables of no width": ("kvcache", sized(d=0), "the rotary dim must be"),
+    "rotary tables of 2^61 columns": ("kvcache", every(sized(p=0, d=2**61)), "the axis p must lie in"),
+    "rotary tables of rank 1": ("kvcache", array(cos=(8,), sin=(8,)), "cos must have the axes"),
+    "a rotary table for each sequence": ("kvcache", array(cos=(B, 9, 8), sin=(B, 9, 8)), "cos must have the axes"),
+    "the result o of another shape": ("kvcache", array(result_o=(B, T, K, H)), "o must have the axes"),
+    "the result lse of another order": ("kvcache", array(result_lse=(B, T, K, G)), "lse must have the axes"),
     "the result lse in half precision": ("kvcache", array(result_lse="float16"), "lse has the wrong dtype"),
     "the result k_cache shorter": (
         "kvcache",
         every(aliases(), array(result_k_cache=(B, S - 1, K, H))),
-        "the result k_cache must have shape",
+        "k_cache must have the axes",
     ),
     "the result v_cache of another dtype": (
         "kvcache",
         every(aliases(), array(result_v_cache="int8")),
-        "the result v_cache has the wrong dtype",
+        "v_cache has the wrong dtype",
     ),
-    "no result v_cache": ("kvcache", without("result_v_cache"), "the caches are results"),
-    "no result cache": ("kvcache", without("result_v_cache", "result_k_cache"), "the caches are results"),
-    "a third result cache": ("kvcache", surplus("results", (B, S, K, H)), "the caches are results"),
-    "result caches where nothing is appended": (
+    "no result v_cache": ("kvcache", without("result_v_cache"), "v_cache must have the axes"),
+    "no result cache": ("kvcache", without("result_v_cache", "result_k_cache"), "k_cache must have the axes"),
+    "a third result cache": ("kvcache", surplus("results", (B, S, K, H)), "more results than such a call has"),
+    "a result cache where nothing is appended": (
         "read-only",
-        every(surplus("results", (B, S, K, H)), array()),
-        "the caches are results",
+        surplus("results", (B, S, K, H)),
+        "more results than such a call has",
     ),
-    "crossed caches": ("kvcache", aliases(k_cache="v_cache", v_cache="k_cache"), "may be aliased only"),
-    "v's result in k's place": ("kvcache", aliases(k_cache="v_cache"), "may be aliased only"),
-    "k's result in v's place": ("kvcache", aliases(v_cache="k_cache"), "may be aliased only"),
-    "an operand announced, but missing": ("kvcache", announced("block_table"), "must have|wrong dtype|missing|hold"),
-    "all operands announced": ("read-only", option(present=255), "."),
-    "an operand not announced": ("kvcache", announced("leftpad", False), "float32 or as q"),
-    "a bit for no operand": ("kvcache", option(present=1 << 8), "unknown operands"),
-    "negative bits": ("kvcache", option(present=-1), "unknown operands"),
-    "a surplus operand of kvcache": ("kvcache", surplus("operands"), "more operands"),
-    "no caches": ("kvcache", without(*OPERANDS[1:]), NUMBER),
-    "the other order of axes": ("kvcache", option(time_major=0), "must have shape|a row for each"),
-    "a negative number of splits": ("kvcache", option(num_splits=-1), "num_splits"),
-    "a number of splits that wraps": ("kvcache", option(num_splits=2**32 + 1), "num_splits"),
-    "options of int32": (
+    "crossed caches": ("kvcache", aliases(k_cache="v_cache", v_cache="k_cache"), SHARED),
+    "v's result in k's place": ("kvcache", aliases(k_cache="v_cache"), f"the result v_cache {SHARED} k_cache"),
+    "k's result in v's place": ("kvcache", aliases(v_cache="k_cache"), f"the result k_cache {SHARED} v_cache"),
+    "o in q's place by prefill": (
         "kvcache",
+        every(aliases(q="o", k_cache="k_cache", v_cache="v_cache"), option(kvcache_kernel=PREFILL)),
+        f"the result o {SHARED} q",
+    ),
+    "o in q's place by prefill, read-only": (
+        "read-only",
+        every(aliases(q="o"), option(kvcache_kernel=PREFILL)),
+        f"the result o {SHARED} q",
+    ),
+    "a kernel that does not exist": ("kvcache", option(kvcache_kernel=2), "no such kvcache_kernel"),
+    "a kernel below 0": ("kvcache", option(kvcache_kernel=-1), "no such kvcache_kernel"),
+    "an operand announced, but missing": ("kvcache", announced("block_table"), "block_table has the wrong dtype"),
+    "the last operand announced, but missing": ("kvcache", without("sin"), "sin is announced, but missing"),
+    "all operands announced": ("read-only", option(present=2 ** len(TABLE) - 1), "is not an operand of this call"),
+    "an operand not announced": ("kvcache", announced("leftpad", present=False), "cos has the wrong dtype"),
+    "k_cache not announced": ("kvcache", announced("k_cache", present=False), "k_cache is missing"),
+    "a bit for no operand": ("kvcache", option(present=1 << len(TABLE)), "unknown operands are announced"),
+    "negative bits": ("kvcache", option(present=-1), "unknown operands are announced"),
+    "a mask": ("kvcache", also("mask", (B, K, 1, T, 2), "uint32"), "mask is not an operand of this call"),
+    "a surplus operand of kvcache": ("kvcache", surplus("operands"), "more operands than the options announce"),
+    "no caches": (
+        "kvcache",
+        without(*(name for name in TABLE if name != "q")),
+        "the operand k_cache is announced, but missing",
+    ),
+    "the other order of axes": ("kvcache", option(memory_order=0), "k_cache must have the axes rksh"),
+    "a negative number of splits": ("kvcache", option(num_splits=-1), "num_splits must lie in"),
+    "a number of splits that wraps": ("kvcache", option(num_splits=2**32 + 1), "num_splits must lie in"),
+    # attributes
+    "options of int32": (
+        "forward",
         lambda call: call.attributes.update(options=call.attributes["options"].astype(np.int32)),
-        "options must be an array",
+        "options must be 9 int64",
     ),
     "an option too few": (
-        "kvcache",
+        "backward",
         lambda call: call.attributes.update(options=call.attributes["options"][:-1]),
-        "options must be an array of 6",
+        "options must be 9 int64",
     ),
     "an option too many": (
         "kvcache",
         lambda call: call.attributes.update(options=np.append(call.attributes["options"], 0)),
-        "options must be an array of 6",
+        "options must be 9 int64",
     ),
-    "options as a number": ("kvcache", attribute(options=np.int64(3)), "options must be an array"),
-    "no options": ("kvcache", no_attribute("options"), "options must be an array"),
-    "no score": ("kvcache", no_attribute("score"), "score must be an array"),
-    "score of float64": ("kvcache", attribute(score=np.zeros(2)), "score must be an array"),
-    "score without softcap": ("kvcache", attribute(score=np.zeros(1, np.float32)), "score must be an array of 2"),
-    "a scale of infinity": ("kvcache", attribute(score=np.array([np.inf, 0], np.float32)), "softmax_scale"),
-    "a softcap of NaN": ("kvcache", attribute(score=np.array([1, np.nan], np.float32)), "softcap"),
+    "options as a number": ("kvcache", attribute(options=np.int64(3)), "options must be 9 int64"),
+    "options as text": ("forward", attribute(options="111111111"), "options must be 9 int64"),
+    "no options": ("kvcache", no_attribute("options"), "options must be 9 int64"),
+    "no score": ("kvcache", no_attribute("score"), "score must be 2 float32"),
+    "no attributes": ("backward", every(no_attribute("score"), no_attribute("options")), "options must be 9 int64"),
+    "score of float64": ("forward", attribute(score=np.zeros(2)), "score must be 2 float32"),
+    "score without softcap": ("backward", attribute(score=np.zeros(1, np.float32)), "score must be 2 float32"),
+    "a scale of infinity": ("kvcache", score(np.inf), "softmax_scale must be finite"),
+    "a softcap of NaN": ("kvcache", score(softcap=np.nan), "softcap must be finite"),
 }
 
 
@@ -396,6 +432,7 @@ def test_is_an_error(name, dtype, platform):
         call.run()
     assert isinstance(raised.value, jax.errors.JaxRuntimeError), raised.value
     assert "INVALID_ARGUMENT" in str(raised.value)
+    assert f"{call.target}: " in str(raised.value)
 
 
 @pytest.mark.parametrize("target", ["forward", "backward", "kvcache", "paged", "read-only"])
@@ -403,6 +440,24 @@ def test_what_is_spoilt_above_is_right(target, dtype, platform):
     results = targets(dtype, platform)[target]().run()
     for name in {"o", "lse", "dq", "dk", "dv", "k_cache", "v_cache"} & {*results}:
         assert jnp.isfinite(results[name][0]).all(), name
+
+
+@pytest.mark.parametrize("target", ["forward", "backward"])
+def test_ranges_and_a_diagonal_are_operands(target, dtype, platform):
+    call = targets(dtype, platform)[target]()
+    every(*RANGES, also("diagonal", (B, K)))(call)
+    call.run()
+
+
+@pytest.mark.parametrize("target", ["kvcache", "paged", "read-only"])
+def test_o_may_lie_in_the_place_of_q_by_decode(target, dtype, platform):
+    call = targets(dtype, platform)[target]()
+    option(kvcache_kernel=DECODE)(call)
+    apart = call.run()
+    call.aliases |= dict(q="o")
+    for name, x in call.run().items():
+        if name != "workspace":
+            np.testing.assert_array_equal(x, apart[name], name)
 
 
 def test_kvcache_workspace(dtype, platform):
@@ -414,26 +469,11 @@ def test_kvcache_workspace(dtype, platform):
         call.run()
 
 
-def test_output_of_many_queries_in_their_buffer(dtype, platform):
-    if platform == "cpu":
-        pytest.skip("on GPUs few queries may share it")
-    for length in (T, 300):
-        call = targets(dtype, platform)["kvcache"]()
-        rows = B, length, K, G, H
-        array(q=rows, result_o=rows, result_lse=(B, K, G, length))(call)
-        call.aliases |= dict(q="o")
-        if length == T:
-            call.run()
-        else:
-            with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*o may take the buffer of q"):
-                call.run()
-
-
 def test_a_k_new_of_no_token_leaves_the_caches(dtype, platform):
     """Also where their results are buffers of their own."""
     for aliased in (True, False):
         call = targets(dtype, platform)["kvcache"]()
-        array(k_new=(B, 0, K, H), v_new=(B, 0, K, H))(call)
+        sized(u=0)(call)
         if not aliased:
             call.aliases = {}
         results = call.run()

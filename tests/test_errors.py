@@ -95,7 +95,7 @@ def test_options(options, error, message):
 
 
 def test_a_traced_scale_is_refused():
-    with pytest.raises(NotImplementedError, match="multiply q by it, and give softmax_scale=1.0"):
+    with pytest.raises(NotImplementedError, match=r"multiply q by it, and give softmax_scale=1\.0"):
         jax.jit(lambda scale: jax_flash.attention(*arrays(), softmax_scale=scale))(2.0)
 
 

@@ -1,7 +1,10 @@
 """Importing the package is quick, because it imports little; and a missing library says what to do."""
 
+import importlib.metadata
 import subprocess
 import sys
+
+import pytest
 
 PRELUDE = "import sys, jax; before = set(sys.modules);"
 
@@ -27,8 +30,17 @@ def test_missing_library():
     assert "pip install" in message
 
 
+VERSION = "import jax_flash; print(jax_flash.__version__);"
+
+
 def test_version_is_the_library_s():
-    assert (
-        run("import jax_flash, jax_flash._native as n; print(jax_flash.__version__ == n.build_info()['version'])")
-        == "True\n"
-    )
+    python, library = run(VERSION + "print(jax_flash._ffi._native.build_info()['version'])").split()
+    assert python == library
+
+
+def test_version_is_the_distribution_s():
+    try:
+        installed = importlib.metadata.version("jax-flash")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("this jax_flash is not installed as a distribution")
+    assert run(VERSION).strip() == installed

@@ -59,7 +59,7 @@ void backward(const BackwardParams& params, Executor& executor, const Kernels& k
     kernels.prepare(params, {head / shape.K, head % shape.K, begin, end}, memory);
   });
 
-  // Heads side by side, so that the key blocks of one, which take turns, are far apart.
+  // Heads side by side, so that the key blocks of one, which wait for each other, are far apart.
   const int64_t key_block = kernels.backward_key_block(params), key_blocks = (shape.S + key_block - 1) / key_block;
   parallel_for(executor, workers, heads * key_blocks, kernels.backward_scratch(params),
                [&](int64_t task, void* memory) {

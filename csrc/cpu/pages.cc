@@ -86,8 +86,8 @@ PagesPlan plan_pages(const KvcacheParams& params, const Kernels& kernels, const 
   const int64_t K = params.K, rows = static_cast<int64_t>(params.T) * params.G;
   const int64_t k_bytes = K * params.H * element_size(params.dtype);  // of a position
   const bool few = rows <= kernels.few_rows;
-  const int64_t wanted = wanted_tasks(threads);
-  const int64_t block_rows = few ? rows : rows_of_task(rows, params.B, params.H, wanted);
+  const int64_t target = target_tasks(threads);
+  const int64_t block_rows = few ? rows : rows_of_task(rows, params.B, params.H, target);
   PagesPlan plan;
   for (int32_t b = 0; b < params.B; ++b) add_blocks(params, b, sequences[b], block_rows, plan.blocks);
   int64_t positions = 0;
@@ -108,8 +108,8 @@ PagesPlan plan_pages(const KvcacheParams& params, const Kernels& kernels, const 
   memory.kernel_bytes =
       std::max(kernels.forward_scratch(forward, K, block_rows), kernels.forward_scratch(forward, K, last_rows));
 
-  const bool enough = static_cast<int64_t>(plan.blocks.size()) >= wanted;
-  add_pieces(enough ? kMaxLength : std::max<int64_t>(1, div_up(div_up(positions, wanted), chunk)) * chunk, plan);
+  const bool enough = static_cast<int64_t>(plan.blocks.size()) >= target;
+  add_pieces(enough ? kMaxLength : std::max<int64_t>(1, div_up(div_up(positions, target), chunk)) * chunk, plan);
   return plan;
 }
 

@@ -93,9 +93,9 @@ void parallel_for(Executor& executor, int64_t max_workers, int64_t count, int64_
   if (loop->error) std::rethrow_exception(loop->error);
 }
 
-void wait_for_turn(const int32_t* turn, int32_t wanted) {
+void wait_for_semaphore(const int32_t* semaphore, int32_t value) {
   // A neighbour on another core is a tile away at most; beyond that its thread is not running, and ours makes room.
-  for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) < wanted; ++spins) {
+  for (int spins = 0; __atomic_load_n(semaphore, __ATOMIC_ACQUIRE) < value; ++spins) {
     if (spins >= 64) std::this_thread::yield();
   }
 }

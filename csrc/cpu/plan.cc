@@ -64,9 +64,9 @@ int64_t worthwhile_workers(const Shape& shape, int64_t rows, int64_t keys) {
   return 1 + static_cast<int64_t>(std::min(elements * rows / 500e3 + elements / 50e3, 4096.0));
 }
 
-int64_t rows_of_task(int64_t rows, int64_t heads, int64_t H, int64_t wanted) {
+int64_t rows_of_task(int64_t rows, int64_t heads, int64_t H, int64_t tasks) {
   const int64_t most = std::max(kMinRows, kRowBytes / (8 * H) / kRowUnit * kRowUnit);
-  const int64_t task_rows = std::clamp(align_up(div_up(heads * rows, wanted), kRowUnit), kMinRows, most);
+  const int64_t task_rows = std::clamp(align_up(div_up(heads * rows, tasks), kRowUnit), kMinRows, most);
   return align_up(div_up(rows, div_up(rows, task_rows)), kRowUnit);
 }
 
@@ -83,7 +83,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const Kernels& kernels, in
 
   ForwardPlan plan;
   plan.workers = threads = std::min(threads, worthwhile_workers(shape, rows, (all_keys + shape.B - 1) / shape.B));
-  const int64_t wanted = wanted_tasks(threads);
+  const int64_t target = target_tasks(threads);
   int64_t task_rows = rows, task_heads = 1;
   if (few) {
     // Pieces of keys first: a task that takes all heads reads memory in order.
@@ -91,13 +91,13 @@ ForwardPlan plan_forward(const ForwardParams& params, const Kernels& kernels, in
     task_heads =
         units >= threads ? shape.K : div_up(shape.K, std::min(shape.K, div_up(threads, std::max<int64_t>(units, 1))));
   } else {
-    task_rows = rows_of_task(rows, shape.B * shape.K, shape.H, wanted);
+    task_rows = rows_of_task(rows, shape.B * shape.K, shape.H, target);
   }
   const int64_t blocks = div_up(rows, task_rows), groups = div_up(shape.K, task_heads);
   const int64_t whole = std::max<int64_t>(1, shape.B * groups * blocks);
   // Keys are divided only where rows and heads do not keep the threads busy: the shares have to be combined.
   const int64_t piece =
-      whole >= wanted ? shape.S + 1 : std::max<int64_t>(1, div_up(all_keys * groups * blocks, wanted));
+      whole >= target ? shape.S + 1 : std::max<int64_t>(1, div_up(all_keys * groups * blocks, target));
 
   std::vector<Part> parts;
   int64_t floats = 0;

@@ -102,7 +102,7 @@ void forward(const ForwardParams& params, Executor& executor, const Kernels& ker
 void backward(const BackwardParams& params, Executor& executor, const Kernels& kernels);
 void kvcache(const KvcacheParams& params, Executor& executor, const Kernels& kernels);
 
-// Returns once *turn is at least wanted; what was written before it was set is then visible.
-void wait_for_turn(const int32_t* turn, int32_t wanted);
+// Returns once *semaphore is at least `value`; what was written before it was set is then visible.
+void wait_for_semaphore(const int32_t* semaphore, int32_t value);
 
 }  // namespace jax_flash::cpu

@@ -11,6 +11,7 @@ import jax
 
 def seconds_per_call(function: Callable, arguments: tuple, calls: int) -> float:
     """The mean over calls that are all in flight before the first is waited for."""
+    result = None
     start = time.perf_counter()
     for _ in range(calls):
         result = function(*arguments)

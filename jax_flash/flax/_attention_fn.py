@@ -111,17 +111,12 @@ def attention_fn(
             f"attention_fn: dropout on the attention weights is not supported; got dropout_rate={dropout_rate}. "
             "Set dropout_rate=0 in the attention layer (dropout elsewhere is unaffected) or deterministic=True"
         )
-    arrays = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "mask": mask,
-        "q_lengths": q_lengths,
-        "kv_lengths": kv_lengths,
-    }
-    required = ("query", "key", "value")
-    query, key, value, mask, q_lengths, kv_lengths = (
-        _validate.as_array(_NAME, n, x) if x is not None or n in required else None for n, x in arrays.items()
+    query, key, value = (
+        _validate.as_array(_NAME, name, x) for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    mask, q_lengths, kv_lengths = (
+        x if x is None else _validate.as_array(_NAME, name, x)
+        for name, x in (("mask", mask), ("q_lengths", q_lengths), ("kv_lengths", kv_lengths))
     )
     _check_ranks(query, key, value, mask)
     _check_lengths(query, q_lengths=q_lengths, kv_lengths=kv_lengths)
@@ -199,7 +194,7 @@ def _check_lengths(query, **lengths):
 def _attend(spec: Spec, arrays: dict[str, jax.Array]) -> jax.Array:
     """Batch axes beyond the first are vmapped rather than folded into one, so that each keeps its sharding."""
     if arrays["q"].ndim > 4:
-        axes = dict.fromkeys(arrays, 0)
+        axes: dict[str, int | None] = dict.fromkeys(arrays, 0)
         if "mask" in arrays and arrays["mask"].shape[0] == 1:
             arrays, axes["mask"] = arrays | {"mask": arrays["mask"][0]}, None
         return jax.vmap(functools.partial(_attend, spec), in_axes=(axes,))(arrays)

@@ -83,7 +83,7 @@ class Cache(NamedTuple):
 
     key: Array  # (B, S, K, H), or paged (num_pages, page_size, K, H)
     value: Array
-    index: Array | None  # (B,) int32, the tokens that each sequence holds; None: paged, and the page table knows
+    lengths: Array | None  # (B,) int32, the tokens that each sequence holds; None: paged, and the page table knows
 
 
 def head_sizes(
@@ -178,7 +178,7 @@ def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_
     """Appends T tokens to the cache, and attends from them to all that it then holds, in one call of its kernel."""
     T, S = inputs[0].shape[1], cache.key.shape[1]
     if page_table is None:
-        held, block_table, capacity, place = cache.index, None, S, S
+        held, block_table, capacity, place = cache.lengths, None, S, S
     else:
         held, block_table = page_table.lengths, page_table.block_table
         capacity = S * block_table.shape[1]
@@ -187,7 +187,7 @@ def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_
     # Turned here rather than by the kernel: that wants tables of all positions, which somebody would have to keep.
     projected = _project(options, projections, inputs, held[:, None] + token if positions is None else positions)
     query, key, value = (x.astype(cache.key.dtype) for x in projected)
-    out, *cached = flash_attn_with_kvcache(
+    out, k_cache, v_cache = flash_attn_with_kvcache(
         query,
         cache.key,
         cache.value,
@@ -209,8 +209,8 @@ def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_
     # error: not-a-number says that something is wrong.
     lost = ((held + T > capacity) | (held + new > place)) & (new > 0)
     out = projections.out(out.astype(projected[0].dtype))
-    index = None if cache.index is None else cache.index + new
-    return jnp.where(lost[:, None, None], jnp.nan, out), Cache(*cached, index)
+    lengths = None if cache.lengths is None else cache.lengths + new
+    return jnp.where(lost[:, None, None], jnp.nan, out), Cache(k_cache, v_cache, lengths)
 
 
 def _check_inputs(options, inputs, input_positions) -> None:
@@ -239,10 +239,10 @@ def _check_decode(inputs_q, inputs_k, cache, mask, q_lengths, kv_lengths, page_t
         )
     if kv_lengths is not None:
         raise ValueError("MultiHeadAttention: the cache knows its kv_lengths; q_lengths counts the valid new tokens")
-    if (page_table is None) != (cache.index is not None):
+    if (page_table is None) != (cache.lengths is not None):
         has = "contiguous, which takes none" if page_table is not None else "paged, which needs one"
         raise ValueError(f"MultiHeadAttention: page_table does not fit the cache, which is {has}")
-    sequences = cache.index.shape[0] if page_table is None else page_table.lengths.shape[0]
+    sequences = cache.lengths.shape[0] if page_table is None else page_table.lengths.shape[0]
     if inputs_q.shape[0] != sequences:
         raise ValueError(f"MultiHeadAttention: the cache is for {sequences} sequences; got inputs_q {inputs_q.shape}")
     if q_lengths is not None and q_lengths.shape != (sequences,):

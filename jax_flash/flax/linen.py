@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.typing import PrecisionLike
 
 from jax_flash.cache import PageTable
 from jax_flash.flax._multi_head import AxisNames, Cache, Options, Projections, head_sizes, multi_head_attention
@@ -17,6 +19,7 @@ __all__ = ["MultiHeadAttention"]
 
 _default_kernel_init = linen.initializers.lecun_normal()
 _default_bias_init = linen.initializers.zeros_init()
+_CacheVariables = tuple[linen.Variable[Any], linen.Variable[Any], linen.Variable[Any] | None]
 
 
 class MultiHeadAttention(linen.Module):
@@ -78,7 +81,7 @@ class MultiHeadAttention(linen.Module):
     use_out_bias: bool | None = None
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
-    precision: jax.lax.PrecisionLike = None
+    precision: PrecisionLike = None
     kernel_init: Callable = _default_kernel_init
     out_kernel_init: Callable | None = None
     bias_init: Callable = _default_bias_init
@@ -106,10 +109,12 @@ class MultiHeadAttention(linen.Module):
             self.num_heads, self.num_kv_heads, inputs_q.shape[-1], self.qkv_features, self.head_dim
         )
         variables = self._cache_variables(inputs_q, num_kv_heads, head_dim, page_table) if self.decode else None
+        before = None
         if self.is_initializing():  # with inputs as long as the cache, which says how large it is to be
-            before = page_table = None
-        else:
-            before = variables and Cache(*(variable and variable.value for variable in variables))
+            page_table = None
+        elif variables is not None:
+            key, value, lengths = variables
+            before = Cache(key.value, value.value, None if lengths is None else lengths.value)
         out, after = multi_head_attention(
             Options(self.rotary, self.window_size, self.softcap, self.softmax_scale),
             self._projections(num_kv_heads, head_dim, self.out_features or inputs_q.shape[-1]),
@@ -124,15 +129,16 @@ class MultiHeadAttention(linen.Module):
             kv_lengths=kv_lengths,
             page_table=page_table,
         )
-        if after is not None:
+        if variables is not None and after is not None:
             for variable, value in zip(variables, after, strict=True):
                 if variable is not None:
                     variable.value = value
         return out
 
     def _projections(self, num_kv_heads, head_dim, out_features) -> Projections:
-        def dense(name, features, **options):
-            options = dict(use_bias=self.use_bias, kernel_init=self.kernel_init, bias_init=self.bias_init) | options
+        initial: dict[str, Any] = dict(use_bias=self.use_bias, kernel_init=self.kernel_init, bias_init=self.bias_init)
+
+        def dense(name, features, **options: Any):
             return _Dense(
                 name=name,
                 features=features,
@@ -140,7 +146,7 @@ class MultiHeadAttention(linen.Module):
                 param_dtype=self.param_dtype,
                 precision=self.precision,
                 axis_names=self.axis_names,
-                **options,
+                **initial | options,
             )
 
         def norm(name):
@@ -168,7 +174,7 @@ class MultiHeadAttention(linen.Module):
             key_norm=norm("key_norm") if self.use_qk_norm else None,
         )
 
-    def _cache_variables(self, inputs, num_kv_heads, head_dim, page_table):
+    def _cache_variables(self, inputs, num_kv_heads, head_dim, page_table) -> _CacheVariables:
         """The fields of Cache as variables of the collection "cache"; cache_index is None if the cache is paged."""
         if self.is_initializing():
             paged = page_table is not None
@@ -182,7 +188,7 @@ class MultiHeadAttention(linen.Module):
         shape, dtype = (rows, length, num_kv_heads, head_dim), self.cache_dtype or self.dtype or self.param_dtype
         zeros = _named(jnp.zeros, self.axis_names and self.axis_names.cache(paged))
         counts = _named(jnp.zeros, self.axis_names and (self.axis_names.batch,))
-        return Cache(
+        return (
             self.variable("cache", "cached_key", zeros, shape, dtype),
             self.variable("cache", "cached_value", zeros, shape, dtype),
             None if paged else self.variable("cache", "cache_index", counts, (rows,), jnp.int32),

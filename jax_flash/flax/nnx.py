@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PrecisionLike
 
 from jax_flash import cache
 from jax_flash.cache import PageTable
@@ -122,7 +124,7 @@ class MultiHeadAttention(nnx.Module):
         use_out_bias: bool | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         kernel_init: jax.nn.initializers.Initializer = _default_kernel_init,
         out_kernel_init: jax.nn.initializers.Initializer | None = None,
         bias_init: jax.nn.initializers.Initializer = _default_bias_init,
@@ -142,7 +144,7 @@ class MultiHeadAttention(nnx.Module):
         self.decode = decode
         self.axis_names = axis_names
 
-        def linear(name, in_features, out_features, use_bias, kernel_init, bias_init, axis=-1):
+        def linear(name, in_features, out_features, use_bias, kernel_init, bias_init, axis: int | tuple[int, ...] = -1):
             return nnx.LinearGeneral(
                 in_features,
                 out_features,
@@ -229,8 +231,8 @@ class MultiHeadAttention(nnx.Module):
           out_sharding: of the output, on a mesh of explicit axes.
         """
         decode = self.decode if decode is None else decode
-        keys = ("inputs_q as keys", inputs_q) if inputs_k is None else ("inputs_k", inputs_k)
-        for name, x, linear in (("inputs_q", inputs_q, self.query), (*keys, self.key)):
+        keys = ("inputs_q as keys", inputs_q, self.key) if inputs_k is None else ("inputs_k", inputs_k, self.key)
+        for name, x, linear in (("inputs_q", inputs_q, self.query), keys):
             if x.shape[-1:] != linear.in_features:
                 raise ValueError(
                     f"MultiHeadAttention: {name} must have {linear.in_features[0]} features, as the layer was made "
@@ -262,9 +264,9 @@ class MultiHeadAttention(nnx.Module):
             page_table=page_table,
         )
         if after is not None:
-            self.cached_key[...], self.cached_value[...] = after.key, after.value
-            if after.index is not None:
-                self.cache_index[...] = after.index
+            for variable, value in zip((self.cached_key, self.cached_value, self.cache_index), after, strict=True):
+                if variable is not None:
+                    variable[...] = value
         return out
 
     def init_cache(self, input_shape: tuple[int, int, int], dtype: jax.typing.DTypeLike | None = None) -> None:
@@ -305,12 +307,12 @@ class MultiHeadAttention(nnx.Module):
         self.cached_key, self.cached_value = nnx.Cache(key, **names), nnx.Cache(value, **names)
 
     def _cache(self) -> Cache:
-        if self.cached_key is None:
+        if self.cached_key is None or self.cached_value is None:
             raise ValueError("MultiHeadAttention: decode needs a cache; call init_cache or init_paged_cache first")
-        index = None if self.cache_index is None else self.cache_index[...]
-        return Cache(self.cached_key[...], self.cached_value[...], index)
+        lengths = None if self.cache_index is None else self.cache_index[...]
+        return Cache(self.cached_key[...], self.cached_value[...], lengths)
 
 
-def _metadata(names):
+def _metadata(names) -> dict[str, Any]:
     """How Flax wants the names of an array's axes, if it has any."""
     return {} if names is None else {"out_sharding": names}

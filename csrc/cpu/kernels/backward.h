@@ -1,7 +1,8 @@
 // Backward. A task owns a block of keys and walks over the rows that see it:
 //     P = exp(score - lse),  dV += P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dK += dS^T Q,  dQ += dS K.
-// dK and dV stay in the task's cache. dQ is summed in the workspace, where the tasks of one head take turns in the
-// order of their key blocks, so that the sum is always the same: the first to come stores, the last writes the result.
+// dK and dV stay in the task's cache. dQ is summed in the workspace, where a semaphore per row block admits the
+// tasks of one head in the order of their key blocks, so that the sum is always the same: the first stores, the last
+// writes the result.
 #pragma once
 
 #include "cpu/kernels/backward_rows.h"
@@ -202,9 +203,9 @@ static inline void add_dq(const BackwardParams& params, const Sequence& seq, con
   const int64_t H = params.shape.H, cols = round_up(H, kLanes), ld = padded_head_dim(H);
   const int64_t key = key_block * backward_keys(H);
   const BlockRange range = row_key_blocks(seq, row, rows);
-  int32_t* turn = statistics.turn + row / kBackwardRows;
+  int32_t* semaphore = statistics.semaphores + row / kBackwardRows;
   float* dq = statistics.dq + row * ld;
-  wait_for_turn(turn, static_cast<int32_t>(key_block));
+  wait_for_semaphore(semaphore, static_cast<int32_t>(key_block));
   for (int64_t strip = 0; strip < rows; strip += kTileRows) {
     const int64_t count = rows - strip < kTileRows ? rows - strip : kTileRows;
     const Columns columns = visible_columns(seq, row + strip, count, key, n);
@@ -220,7 +221,7 @@ static inline void add_dq(const BackwardParams& params, const Sequence& seq, con
     }
   }
   if (key_block + 1 < range.end) {
-    __atomic_store_n(turn, static_cast<int32_t>(key_block + 1), __ATOMIC_RELEASE);
+    __atomic_store_n(semaphore, static_cast<int32_t>(key_block + 1), __ATOMIC_RELEASE);
     return;
   }
   const Rows<T> out = seq.queries<T>(params.dq);

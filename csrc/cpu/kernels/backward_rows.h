@@ -1,5 +1,5 @@
 // What backward needs to know of every row before the main pass: the LSE, or what takes its place, and delta =
-// rowsum(dO * O) - dlse, and the workspace they live in beside dq's sums and turns.
+// rowsum(dO * O) - dlse, and the workspace they live in beside dq's sums and semaphores.
 #pragma once
 
 #include "cpu/kernels/scratch.h"
@@ -7,7 +7,7 @@
 
 namespace jax_flash::cpu::JAX_FLASH_ISA {
 
-// Rows of a tile; the workspace has room for one turn every 64 rows. A multiple of kTileRows.
+// Rows of a tile; the workspace has room for one semaphore every 64 rows. A multiple of kTileRows.
 inline constexpr int64_t kBackwardRows = 96;
 
 // Keys of a tile: with five arrays of keys and four of rows, H wide, it fills about half of a 1 MB second-level cache.
@@ -21,11 +21,11 @@ enum : uint8_t {
 
 // Of one (b, kh), in the workspace; every row [0, G * T) has a place.
 struct RowStatistics {
-  float* dq;         // [rows, padded_head_dim(H)], unscaled sum
-  float* reference;  // [rows], of the probabilities, base 2: the LSE; +inf for a row that sees no key
-  float* delta;      // [rows], times the row's weight
-  int32_t* turn;     // [row blocks], the key block whose turn it is to add to dq
-  uint8_t* weighed;  // [row blocks], 0 as a rule
+  float* dq;            // [rows, padded_head_dim(H)], unscaled sum
+  float* reference;     // [rows], of the probabilities, base 2: the LSE; +inf for a row that sees no key
+  float* delta;         // [rows], times the row's weight
+  int32_t* semaphores;  // [row blocks], the key block that may add to dq next
+  uint8_t* weighed;     // [row blocks], 0 as a rule
 };
 
 template <class Params>
@@ -39,7 +39,7 @@ static inline RowStatistics row_statistics(const Params& params, int64_t b, int6
     // An int32 and a byte for 96 rows, and what rounding up to lines takes, fit the int32 for 64 rows and the 256 bytes
     // that the workspace has for them.
     const int64_t blocks = (rows + kBackwardRows - 1) / kBackwardRows;
-    statistics.turn = reinterpret_cast<int32_t*>(scratch.take_exactly(blocks));
+    statistics.semaphores = reinterpret_cast<int32_t*>(scratch.take_exactly(blocks));
     statistics.weighed = reinterpret_cast<uint8_t*>(scratch.take_exactly((blocks + 3) / 4));
     return scratch.used;
   };

@@ -102,7 +102,7 @@ static inline void prepare_rows(const BackwardParams& params, const PrepareTask&
     const int64_t begin = block * kBackwardRows, end = begin + kBackwardRows < all ? begin + kBackwardRows : all;
     const int64_t valid_end = end < valid ? end : valid;
     const BlockRange range = begin < valid_end ? row_key_blocks(seq, begin, valid_end - begin) : BlockRange{0, 0, 0, 0};
-    statistics.turn[block] = range.begin;
+    statistics.semaphores[block] = range.begin;
     statistics.weighed[block] = 0;
     for (int64_t row = begin; row < end; ++row) {
       // A row without a key must not even see its dO and dlse, which may be anything.

@@ -59,8 +59,8 @@ def values(name: str, shape: tuple, dtype: str) -> jax.Array:
 def targets(dtype: str, platform: str) -> dict[str, Callable[[], Call]]:
     """Calls that are right, which the cases below spoil."""
 
-    def make(call, extras, band=Band(), workspace=None, **sizes):
-        sizes = SIZES | sizes
+    def make(call, extras, band=None, workspace=None, **sizes):
+        sizes, band = SIZES | sizes, band or Band()
 
         def array(name):
             row = TABLE[name]

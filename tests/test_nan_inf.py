@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import close_lse
-from jax_flash._kvcache_primitive import Operands
 
 import jax_flash
-from jax_flash import _kvcache_reference, flash_attn_with_kvcache, reference
-from jax_flash._spec import KvcacheSpec
+from jax_flash import _reference, flash_attn_with_kvcache, reference
+from jax_flash._spec import Spec
 
 # Every kernel: buckets of head dims, and (odd H, or a mask) those of GPUs before Hopper.
 HEAD_DIMS = (64, 96, 128, 192, 256, 59)
@@ -159,12 +158,12 @@ def test_cache_on_platforms_without_kernels(value, hidden):
     extra = np.zeros(S, np.float32)
     extra[hidden] = value
     q, k = with_extra_score(q, k, extra)
-    heads_first = (jnp.swapaxes(q, 1, 2).reshape(2, 2, 2, 2, 16), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+    operands = {"q": q.reshape(2, 2, 2, 2, 16), "k_cache": k, "v_cache": v}
     with jax.default_matmul_precision("highest"):
-        out, lse = _kvcache_reference.reference(KvcacheSpec(softmax_scale=0.25), Operands(*heads_first))
+        results = _reference.EVALUATE["kvcache"](Spec(softmax_scale=0.25), operands)
     want, want_lse = reference.attention(q, k, v, return_softmax_lse=True)
-    np.testing.assert_allclose(jnp.swapaxes(out.reshape(2, 4, 2, 16), 1, 2), want, 1e-5, 1e-6)
-    np.testing.assert_allclose(lse.reshape(2, 4, 2), want_lse, 1e-5)
+    np.testing.assert_allclose(results["o"].reshape(want.shape), want, 1e-5, 1e-6)
+    np.testing.assert_allclose(results["lse"].reshape(2, 4, 2), want_lse, 1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, dict(causal=True), dict(softcap=5.0)], ids=str)

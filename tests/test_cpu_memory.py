@@ -61,7 +61,9 @@ def run(body: str) -> str:
     code = PRELUDE + textwrap.dedent(body)
     # One arena: each further one has address space in reserve, which no limit touches.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert child.returncode == 0, f"the child ended with {child.returncode}\n{child.stdout}\n{child.stderr[-3000:]}"
     return child.stdout
 

@@ -52,7 +52,7 @@ def values(name: str, shape: tuple, dtype: str) -> jax.Array:
     """Ones, but for lengths and page numbers, with which every query sees keys and no page has two writers."""
     if name == "block_table":
         return jnp.arange(np.prod(shape), dtype=dtype).reshape(shape)
-    each = dict(mask=2**32 - 1, q_lengths=T, kv_lengths=S, lengths=LENGTH, leftpad=0)
+    each = dict(mask=2**32 - 1, q_lengths=T, kv_lengths=S, lengths=LENGTH, leftpad=0, lse=20)
     return jnp.full(shape, each.get(name, 1) if jnp.dtype(dtype).itemsize == 4 else 1, dtype)
 
 

@@ -123,7 +123,7 @@ struct TileReader {
   }
 };
 
-// Writes a fragment of 16 rows x kFloats / 2 columns, rounded to T, at (row, col) of a tile; lane as in softmax.h.
+// Writes a fragment of 16 rows x kFloats / 2 columns, rounded to T, at (row, col) of a tile; lane as in softmax.cuh.
 template <class T, int kCols, int kFloats>
 __device__ __forceinline__ void store_fragment(uint32_t tile, const float (&acc)[kFloats], int row, int col, int lane) {
   using Layout = TileLayout<kCols>;

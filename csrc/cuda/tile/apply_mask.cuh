@@ -1,5 +1,5 @@
-// Hides what a query may not see in an accumulator fragment (softmax.h says which element a lane holds). mask.h alone
-// decides what that is.
+// Hides what a query may not see in an accumulator fragment (softmax.cuh says which element a lane holds). band.h
+// and mask.h alone decide what that is.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The softmax of the Hopper forward: as in cuda/tile/softmax.h, with two economies. The running maximum may lag behind
-// the true one by a bounded amount, which mostly spares rescaling the output; and part of the exponentials is computed
-// on the FMA pipe, because at small head dims the exponential unit is as busy as the tensor cores.
+// The softmax of the Hopper forward: as in cuda/tile/softmax.cuh, with two economies. The running maximum may lag
+// behind the true one by a bounded amount, which mostly spares rescaling the output; and part of the exponentials is
+// computed on the FMA pipe, because at small head dims the exponential unit is as busy as the tensor cores.
 #pragma once
 
 #include <cstdint>

@@ -70,7 +70,8 @@ def _lse_of_nothing(q, arrays):
 def _spread_sinks(sinks, q, k):
     """(N,) to (B, K, G)."""
     N, K = q.shape[2], k.shape[2]
-    return jnp.broadcast_to(sinks.astype(jnp.float32).reshape(K, N // K), (q.shape[0], K, N // K))
+    spread = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, N // K), (q.shape[0], K, N // K))
+    return _sharding.split_heads_like(q, spread)
 
 
 def _per_kv_head(x, k):

@@ -23,7 +23,7 @@ class Packed(NamedTuple):
     kv_length: jax.Array
 
 
-def of_packed(band: Band, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, T, S) -> Packed:
+def of_packed(band: Band, T, S, cu_seqlens_q, cu_seqlens_k, seqused_q=None, seqused_k=None) -> Packed:
     """What each query sees of T queries and S keys.
 
     The sequences' first tokens, (B + 1,) int32, are clamped to the arrays and never fall. seqused_q and seqused_k, (B,)

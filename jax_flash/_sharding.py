@@ -96,6 +96,13 @@ def split_like_queries(q, *keys) -> tuple[jax.Array, ...]:
     return tuple(map(repeat, keys))
 
 
+def split_heads_like(q, x) -> jax.Array:
+    """On explicit mesh axes: x (B, K, ...) split over the devices as q (B, T, N, H) is."""
+    sharding = jax.typeof(q).sharding
+    spec = PartitionSpec(sharding.spec[0], sharding.spec[2], *[None] * (x.ndim - 2))
+    return x if all(axes is None for axes in spec) else jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
 def join(repeated, keys) -> jax.Array:
     """The other way round: one of the heads that split_like_queries repeated of keys, sharded as keys is."""
     B, S, heads, H = repeated.shape

@@ -103,12 +103,12 @@ def attention_varlen(
         deterministic=_validate.static_bool(_NAME, "deterministic", deterministic),
     )
     with_lse = _validate.static_bool(_NAME, "return_softmax_lse", return_softmax_lse)
-    starts = [_validate.int32(arrays[name]) for name in ("cu_seqlens_q", "cu_seqlens_k")]
-    used = [_validate.int32(arrays[name]) if name in arrays else None for name in ("seqused_q", "seqused_k")]
-    packed = _ranges.of_packed(spec.band, *starts, *used, q.shape[0], k.shape[0])
-    if used[0] is not None:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+    integers = {name: _validate.int32(arrays[name]) for name in names if name in arrays}
+    packed = _ranges.of_packed(spec.band, q.shape[0], k.shape[0], **integers)
+    if seqused_q is not None:
         q = jnp.where(packed.valid_q[:, None, None], q, 0)
-    if used[1] is not None:
+    if seqused_k is not None:
         k, v = (jnp.where(packed.valid_k[:, None, None], x, 0) for x in (k, v))
     one = {"q": q, "k": k, "v": v, "key_ranges": packed.key_ranges}
     one |= {"q_lengths": packed.q_length, "kv_lengths": packed.kv_length}

@@ -41,7 +41,8 @@ def attention(
     left, right = window_size if isinstance(window_size, tuple) else (window_size, window_size)
     if causal:
         right = 0 if right is None else min(right, 0)
-    visible = visible_keys(T, S, left, right, _column(q_lengths, T), _column(kv_lengths, S))
+    q_lengths, kv_lengths = _column(q_lengths, T), _column(kv_lengths, S)
+    visible = visible_keys(T, S, left, right, q_lengths, kv_lengths)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (B, N, T, S)).reshape(B, K, G, T, S)
         visible = jnp.broadcast_to(visible, mask.shape) & mask
@@ -55,7 +56,7 @@ def attention(
         None if sinks is None else sinks.reshape(K, G),
     )
     if sinks is not None and q_lengths is not None:
-        valid = jnp.arange(T)[None] < _column(q_lengths, T)  # no sink for the queries past the length
+        valid = jnp.arange(T)[None] < q_lengths  # no sink for the queries past the length
         lse = jnp.where(valid[:, None, None], lse, -jnp.inf)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
     return (out, lse.reshape(B, N, T)) if return_softmax_lse else out

@@ -8,16 +8,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_flash import _derivative, _primitive, _ranges, _sharding, _validate
+from jax_flash import _derivative, _primitive, _ranges, _segments, _sharding, _validate
 from jax_flash._operands import merge_heads, split_heads
-from jax_flash._spec import Spec
+from jax_flash._spec import Band, Spec
 
 
 def attend(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The output (B, T, N, H) and the log-sum-exp (B, N, T), all without B where q has none.
 
-    arrays: q, k, v, and as far as the call has them mask, sinks, q_lengths and kv_lengths, as `attention` takes them,
-    and key_ranges (B, T, 2), the keys that each query sees: begin and end, which never fall.
+    arrays: q, k, v, and as far as the call has them mask, sinks, q_lengths, kv_lengths, q_segment_ids and
+    kv_segment_ids, as `attention` takes them, and key_ranges (B, T, 2), the keys that each query sees: begin and end,
+    which never fall.
     """
     return _attend(*_positive_scale(spec, arrays))
 
@@ -39,6 +40,8 @@ def _attend(spec: Spec, arrays: dict[str, jax.Array]):
         return out[0], lse[0]
     if any(isinstance(size, int) and size == 0 for size in (*q.shape, k.shape[1])):  # no query, or no key for any
         return jnp.zeros_like(q), _lse_of_nothing(q, arrays)
+    if "q_segment_ids" in arrays:
+        return _attend_by_segment(spec, arrays)
     k, v = _sharding.split_like_queries(q, k, v)
     operands = {"q": q, "k": k, "v": v}
     if "mask" in arrays:
@@ -57,6 +60,37 @@ def _attend(spec: Spec, arrays: dict[str, jax.Array]):
     return _derivative.attend(spec, _sharding.vary_together(operands))
 
 
+def _attend_by_segment(spec: Spec, arrays: dict[str, jax.Array]):
+    """The same of the tokens sorted by segment."""
+    ids = [_sharding.split_like(arrays["q"], arrays[name]) for name in ("q_segment_ids", "kv_segment_ids")]
+    lengths = []
+    for name, of_tokens in (("q_lengths", ids[0]), ("kv_lengths", ids[1])):
+        size = of_tokens.shape[1]
+        length = jnp.clip(_validate.int32(arrays[name]), 0, size) if name in arrays else size
+        lengths.append(jnp.zeros_like(of_tokens[:, 0], jnp.int32) + length)
+    tokens = jax.vmap(functools.partial(_segments.sort, spec.band))(*ids, *lengths)
+    of_q = tokens.q_order, _segments.inverse(tokens.q_order)
+    of_k = tokens.k_order, _segments.inverse(tokens.k_order)
+    by_segment = {
+        "q": _segments.permute(arrays["q"], 1, *of_q),
+        "k": _segments.permute(arrays["k"], 1, *of_k),
+        "v": _segments.permute(arrays["v"], 1, *of_k),
+        "key_ranges": tokens.key_ranges,
+        "q_lengths": tokens.q_length,
+        "kv_lengths": tokens.kv_length,
+    }
+    if "sinks" in arrays:
+        by_segment["sinks"] = arrays["sinks"]
+    if "mask" in arrays:
+        mask = arrays["mask"]
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        mask = _sharding.split_like(arrays["q"], jnp.broadcast_to(mask, (arrays["q"].shape[0], *mask.shape[1:])))
+        rows = mask if mask.shape[2] == 1 else _segments.permute(mask, 2, *of_q)
+        by_segment["mask"] = rows if mask.shape[3] == 1 else _segments.permute(rows, 3, *of_k)
+    out, lse = _attend(dataclasses.replace(spec, band=Band()), by_segment)
+    return _segments.permute(out, 1, *of_q[::-1]), _segments.permute(lse, 2, *of_q[::-1])
+
+
 def _lse_of_nothing(q, arrays):
     """The log-sum-exp (B, N, T) of queries that see no key."""
     lse = jnp.full_like(q[..., 0].swapaxes(1, 2), -jnp.inf, dtype=jnp.float32)
@@ -71,7 +105,7 @@ def _spread_sinks(sinks, q, k):
     """(N,) to (B, K, G)."""
     N, K = q.shape[2], k.shape[2]
     spread = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, N // K), (q.shape[0], K, N // K))
-    return _sharding.split_heads_like(q, spread)
+    return _sharding.split_like(q, spread, heads=True)
 
 
 def _per_kv_head(x, k):

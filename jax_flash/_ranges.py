@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_flash._spec import Band
 from jax_flash._validate import MAX_LENGTH
@@ -32,7 +33,7 @@ def of_packed(band: Band, T, S, cu_seqlens_q, cu_seqlens_k, seqused_q=None, sequ
     """
     start_q, start_k = _rising(cu_seqlens_q, T), _rising(cu_seqlens_k, S)
     i, j = jnp.arange(T, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
-    of_query, of_key = _count_up_to(start_q[1:], i), _count_up_to(start_k[1:], j)
+    of_query, of_key = count_up_to(start_q[1:], i), count_up_to(start_k[1:], j)
     first_q, end_q, valid_q = _slot(start_q, seqused_q, of_query, i)
     _, _, valid_k = _slot(start_k, seqused_k, of_key, j)
     first_k, end_k, _ = _slot(start_k, seqused_k, of_query, i)
@@ -62,17 +63,20 @@ def seen_from_keys(key_ranges: jax.Array, S) -> jax.Array:
     """The ranges of queries (S, 2) that see each key, from the ranges of keys (T, 2) that each query sees."""
     begin, end = key_ranges[:, 0], key_ranges[:, 1]
     j = jnp.arange(S, dtype=jnp.int32)
-    return jnp.stack([_count_up_to(end, j), _count_up_to(begin, j)], axis=-1)
+    return jnp.stack([count_up_to(end, j), count_up_to(begin, j)], axis=-1)
 
 
-def _count_up_to(rising, x):
-    """How many of the values, which never fall, are at most x."""
+def count_up_to(rising, x, begin: ArrayLike = 0, end: ArrayLike | None = None, compare=jax.lax.le):
+    """How many of rising[begin:end], values that never fall, are at most x, or what else `compare` says; begin and end
+    may be arrays like x."""
     n = rising.shape[0]
+    end = n if end is None else end
+    count = jnp.zeros(x.shape, jnp.int32)
     if isinstance(n, int) and n == 0:
-        return jnp.zeros_like(x)
-    count = jnp.zeros_like(x)
+        return count
     # jnp.searchsorted wants n to be known, or compares all with all.
     for bit in reversed(range(n.bit_length() if isinstance(n, int) else MAX_LENGTH.bit_length())):
         more = count + (1 << bit)
-        count = jnp.where((more <= n) & (rising.at[more - 1].get(mode="clip") <= x), more, count)
+        reached = compare(rising.at[begin + more - 1].get(mode="clip"), x)
+        count = jnp.where((begin + more <= end) & reached, more, count)
     return count

@@ -96,11 +96,12 @@ def split_like_queries(q, *keys) -> tuple[jax.Array, ...]:
     return tuple(map(repeat, keys))
 
 
-def split_heads_like(q, x) -> jax.Array:
-    """On explicit mesh axes: x (B, K, ...) split over the devices as q (B, T, N, H) is."""
+def split_like(q, x, heads: bool = False) -> jax.Array:
+    """On explicit mesh axes: x (B, ...), or with heads (B, K, ...), split over the devices as q (B, T, N, H) is."""
     sharding = jax.typeof(q).sharding
-    spec = PartitionSpec(sharding.spec[0], sharding.spec[2], *[None] * (x.ndim - 2))
-    return x if all(axes is None for axes in spec) else jax.sharding.reshard(x, sharding.update(spec=spec))
+    own = (sharding.spec[0], sharding.spec[2]) if heads else (sharding.spec[0],)
+    spec = PartitionSpec(*own, *[None] * (x.ndim - len(own)))
+    return x if spec == jax.typeof(x).sharding.spec else jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
 def join(repeated, keys) -> jax.Array:

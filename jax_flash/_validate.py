@@ -113,6 +113,35 @@ def check_lengths(function: str, name: str, lengths: jax.Array, q: jax.Array) ->
         )
 
 
+def check_segment_ids(function: str, arrays: dict[str, jax.Array]) -> None:
+    """Integers, one for each query and one for each key. One array for both, where there are as many keys as queries,
+    is q_segment_ids."""
+    q, k = arrays["q"], arrays["k"]
+    if "q_segment_ids" not in arrays:
+        raise ValueError(f"{function}: kv_segment_ids need q_segment_ids")
+    got = ", ".join(f"{name} {show(arrays[name])}" for name in ("q_segment_ids", "kv_segment_ids") if name in arrays)
+    got = f"got {got} with q {show(q)}, k {show(k)}"
+    for name, x in (("q_segment_ids", q), ("kv_segment_ids", k)):
+        ids = arrays.get(name)
+        if ids is None:
+            if q.shape[-3] != k.shape[-3]:
+                raise ValueError(f"{function}: kv_segment_ids must be given where T and S differ; {got}")
+            continue
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"{function}: {name} must be integers; {got}")
+        if ids.shape != x.shape[:-2]:
+            letters = ("(B, T)" if x is q else "(B, S)") if x.ndim == 4 else ("(T,)" if x is q else "(S,)")
+            raise ValueError(f"{function}: {name} must have shape {letters} = {x.shape[:-2]}; {got}")
+
+
+def segment_ids(function: str, name: str, ids) -> jax.Array:
+    """Ids as an array: none may be lost in 32 bits."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and ids.size:
+        if int(ids.max()) > int(_INT32.max) or int(ids.min()) < int(_INT32.min):
+            raise ValueError(f"{function}: {name} must fit in 32 bits; got {ids.min()} to {ids.max()}")
+    return as_array(function, name, ids)
+
+
 def check_sinks(function: str, sinks: jax.Array, q: jax.Array) -> None:
     """Floating-point numbers, one for each query head."""
     got = f"got sinks {show(sinks)} with q {show(q)}"

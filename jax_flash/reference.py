@@ -25,6 +25,8 @@ def attention(
     softcap: float | None = None,
     q_lengths: jax.Array | None = None,
     kv_lengths: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
     sinks: jax.Array | None = None,
     return_softmax_lse: bool = False,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -43,6 +45,10 @@ def attention(
         right = 0 if right is None else min(right, 0)
     q_lengths, kv_lengths = _column(q_lengths, T), _column(kv_lengths, S)
     visible = visible_keys(T, S, left, right, q_lengths, kv_lengths)
+    if q_segment_ids is not None:
+        of_q, of_k = q_segment_ids, q_segment_ids if kv_segment_ids is None else kv_segment_ids
+        same = (of_q[:, :, None] == of_k[:, None]) & (of_q[:, :, None] >= 0)
+        visible = visible & same[:, None, None]
     if mask is not None:
         mask = jnp.broadcast_to(mask, (B, N, T, S)).reshape(B, K, G, T, S)
         visible = jnp.broadcast_to(visible, mask.shape) & mask
@@ -55,9 +61,12 @@ def attention(
         softcap,
         None if sinks is None else sinks.reshape(K, G),
     )
-    if sinks is not None and q_lengths is not None:
-        valid = jnp.arange(T)[None] < q_lengths  # no sink for the queries past the length
-        lse = jnp.where(valid[:, None, None], lse, -jnp.inf)
+    # No sink for the queries past the length, or without a segment.
+    for valid in (
+        None if q_lengths is None else jnp.arange(T)[None] < q_lengths,
+        None if q_segment_ids is None else jnp.asarray(q_segment_ids) >= 0,
+    ):
+        lse = lse if valid is None else jnp.where(valid[:, None, None], lse, -jnp.inf)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
     return (out, lse.reshape(B, N, T)) if return_softmax_lse else out
 

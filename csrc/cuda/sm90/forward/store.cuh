@@ -32,7 +32,6 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4], int lane) {
 struct RowTarget {
   bool exists, seen;
   int64_t output, lse;  // offsets
-  float sink;           // -inf: none
 
   template <class Config>
   __device__ __forceinline__ RowTarget(const ForwardArguments& a, const ForwardShared<Config>& shared,
@@ -42,11 +41,18 @@ struct RowTarget {
     exists = i >= 0 && i < a.shape.T;
     seen = work.band.key_begin(i) < work.band.key_end(i);
     output = (work.tile.batch * a.shape.T + i) * a.o_stride + n * a.shape.H;
-    const int64_t head = static_cast<int64_t>(work.tile.batch) * a.heads + n;
-    lse = head * a.shape.T + i;
-    sink = a.sinks && exists && i < work.band.T ? a.sinks[head] : -infinity();
+    lse = (static_cast<int64_t>(work.tile.batch) * a.heads + n) * a.shape.T + i;
   }
 };
+
+// The sink of a row's head; -inf, which is none, for a row without a valid query.
+template <class Config>
+__device__ __forceinline__ float sink_of(const ForwardArguments& a, const ForwardShared<Config>& shared,
+                                         const ForwardWork& work, int32_t first_query, int row) {
+  const int32_t i = first_query + shared.row_query[row];
+  if (!a.sinks || i < 0 || i >= work.band.T) return -infinity();
+  return a.sinks[work.tile.batch * a.heads + work.tile.head * a.packed + shared.row_head[row]];
+}
 
 template <class Config>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, const ForwardShared<Config>& shared,
@@ -56,10 +62,13 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
   const int32_t H = static_cast<int32_t>(a.shape.H);
   float inverse[2], lse[2];
   softmax.finish(inverse, lse);
+  if (a.sinks) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) add_sink(sink_of(a, shared, work, first_query, row0 + 8 * r), inverse[r], lse[r]);
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const RowTarget row(a, shared, work, first_query, row0 + 8 * r);
-    add_sink(row.sink, inverse[r], lse[r]);
     uint16_t* const gO = static_cast<uint16_t*>(a.o) + row.output;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 32; ++c) {
@@ -75,7 +84,9 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
         *reinterpret_cast<uint4*>(gO + column) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
-    if (row.exists && lane % 4 == 0) a.lse[row.lse] = row.seen ? lse[r] : row.sink;
+    if (row.exists && lane % 4 == 0) {
+      a.lse[row.lse] = row.seen ? lse[r] : sink_of(a, shared, work, first_query, row0 + 8 * r);
+    }
   }
 }
 
@@ -90,7 +101,7 @@ __device__ __forceinline__ void store_nothing(const ForwardArguments& a, const F
     for (int column = 8 * (lane % 4); column < a.shape.H; column += 32) {
       *reinterpret_cast<uint4*>(gO + column) = make_uint4(0, 0, 0, 0);
     }
-    if (lane % 4 == 0) a.lse[row.lse] = row.sink;
+    if (lane % 4 == 0) a.lse[row.lse] = sink_of(a, shared, work, first_query, row0 + 8 * r);
   }
 }
 

@@ -130,8 +130,7 @@ def attention(
     if sinks is not None:
         _validate.check_sinks(_NAME, arrays["sinks"], q)
     if q_segment_ids is not None or kv_segment_ids is not None:
-        _validate.check_segment_ids(_NAME, arrays)
-        arrays.setdefault("kv_segment_ids", arrays["q_segment_ids"])
+        arrays = _validate.with_segment_ids(_NAME, arrays)
     spec = _validate.make_spec(
         _NAME,
         q.shape[-1],

@@ -30,7 +30,7 @@ def sort(band: Band, q_ids, kv_ids, q_length, kv_length) -> Sorted:
     first = count_up_to(kv_ids, q_ids, 0, s, jax.lax.lt)
     behind = count_up_to(kv_ids, q_ids, 0, s)
     # The keys of the query's segment are those, in the order of their old positions.
-    diagonal = q_order + kv_length - q_length
+    diagonal = q_order if band.top_left else q_order + kv_length - q_length
     begin, end = first, behind
     if band.left is not None:
         begin = first + count_up_to(k_order, diagonal - band.left - 1, first, behind)

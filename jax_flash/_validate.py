@@ -113,9 +113,8 @@ def check_lengths(function: str, name: str, lengths: jax.Array, q: jax.Array) ->
         )
 
 
-def check_segment_ids(function: str, arrays: dict[str, jax.Array]) -> None:
-    """Integers, one for each query and one for each key. One array for both, where there are as many keys as queries,
-    is q_segment_ids."""
+def with_segment_ids(function: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays with ids for both queries and keys, which have q_segment_ids, or ids of their own."""
     q, k = arrays["q"], arrays["k"]
     if "q_segment_ids" not in arrays:
         raise ValueError(f"{function}: kv_segment_ids need q_segment_ids")
@@ -132,6 +131,7 @@ def check_segment_ids(function: str, arrays: dict[str, jax.Array]) -> None:
         if ids.shape != x.shape[:-2]:
             letters = ("(B, T)" if x is q else "(B, S)") if x.ndim == 4 else ("(T,)" if x is q else "(S,)")
             raise ValueError(f"{function}: {name} must have shape {letters} = {x.shape[:-2]}; {got}")
+    return {"kv_segment_ids": arrays["q_segment_ids"]} | arrays
 
 
 def segment_ids(function: str, name: str, ids) -> jax.Array:

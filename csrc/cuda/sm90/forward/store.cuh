@@ -62,13 +62,13 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
   const int32_t H = static_cast<int32_t>(a.shape.H);
   float inverse[2], lse[2];
   softmax.finish(inverse, lse);
-  if (a.sinks) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) add_sink(sink_of(a, shared, work, first_query, row0 + 8 * r), inverse[r], lse[r]);
-  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const RowTarget row(a, shared, work, first_query, row0 + 8 * r);
+    if (a.sinks) add_sink(sink_of(a, shared, work, first_query, row0 + 8 * r), inverse[r], lse[r]);
+    if (row.exists && lane % 4 == 0) {
+      a.lse[row.lse] = row.seen ? lse[r] : sink_of(a, shared, work, first_query, row0 + 8 * r);
+    }
     uint16_t* const gO = static_cast<uint16_t*>(a.o) + row.output;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 32; ++c) {
@@ -83,9 +83,6 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
       if (row.exists && column < H) {
         *reinterpret_cast<uint4*>(gO + column) = make_uint4(words[0], words[1], words[2], words[3]);
       }
-    }
-    if (row.exists && lane % 4 == 0) {
-      a.lse[row.lse] = row.seen ? lse[r] : sink_of(a, shared, work, first_query, row0 + 8 * r);
     }
   }
 }

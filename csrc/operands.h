@@ -131,7 +131,7 @@ inline constexpr Operand kOperands[] = {
      "bks2",
      ElementType::kInt32,
      "",
-     JAX_FLASH_USE(kOptional, ForwardParams, band.query_ranges),
+     {},
      JAX_FLASH_USE(kOptional, BackwardParams, band.query_ranges),
      {}},
     {"sinks", "bkg", "bkg", ElementType::kFloat32, "dsinks", JAX_FLASH_USE(kOptional, ForwardParams, sinks),

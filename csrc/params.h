@@ -30,8 +30,8 @@ struct BandParams {
   const int32_t* q_lengths = nullptr;     // [B, K], valid queries per sequence; null: all T
   const int32_t* kv_lengths = nullptr;    // [B, K], valid keys per sequence; null: all S
   const int32_t* key_ranges = nullptr;    // [B, K, T, 2], keys that a query sees: begin, end; both never fall with i
-  const int32_t* query_ranges = nullptr;  // [B, K, S, 2], the same seen from the keys: first query with end > j, behind
-                                          // the last with begin <= j
+  const int32_t* query_ranges = nullptr;  // [B, K, S, 2], the same seen from the keys, for backward: first query with
+                                          // end > j, behind the last with begin <= j
 };
 
 // Which keys a query sees, one by one.

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_flash import _derivative, _primitive, _ranges, _segments, _sharding, _validate
+from jax_flash import _derivative, _primitive, _segments, _sharding, _validate
 from jax_flash._operands import merge_heads, split_heads
 from jax_flash._spec import Band, Spec
 
@@ -53,10 +53,7 @@ def _attend(spec: Spec, arrays: dict[str, jax.Array]):
             lengths = _validate.int32(arrays[name])
             operands[name] = _per_kv_head(lengths, k)
     if "key_ranges" in arrays:
-        ranges = arrays["key_ranges"]
-        operands["key_ranges"] = _per_kv_head(ranges, k)
-        of_queries = jax.vmap(functools.partial(_ranges.seen_from_keys, S=k.shape[1]))
-        operands["query_ranges"] = _per_kv_head(of_queries(ranges), k)
+        operands["key_ranges"] = _per_kv_head(arrays["key_ranges"], k)
     return _derivative.attend(spec, _sharding.vary_together(operands))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jax_flash import _primitive
+from jax_flash import _primitive, _ranges
 from jax_flash._operands import TABLE, merge_heads, split_heads
 from jax_flash._spec import Spec
 
@@ -35,6 +35,8 @@ def _attend_backward(spec: Spec, residuals, cotangents):
     arrays = residuals | {"do": jnp.zeros_like(residuals["o"]) if isinstance(d_out, SymbolicZero) else d_out}
     if not isinstance(d_lse, SymbolicZero):
         arrays["dlse"] = d_lse
+    if "key_ranges" in arrays:
+        arrays["query_ranges"] = _ranges.seen_from_keys(arrays["key_ranges"], residuals["k"].shape[1])
     per_head = ("q", "o", "do", "lse", "dlse")
     K = _kv_heads(residuals)
     arrays |= {name: split_heads(name, arrays[name], K) for name in per_head if name in arrays}

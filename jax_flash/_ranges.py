@@ -60,10 +60,15 @@ def _slot(start, used, sequence, position):
 
 
 def seen_from_keys(key_ranges: jax.Array, S) -> jax.Array:
-    """The ranges of queries (S, 2) that see each key, from the ranges of keys (T, 2) that each query sees."""
-    begin, end = key_ranges[:, 0], key_ranges[:, 1]
+    """The ranges of queries (B, K, S, 2) that see each key, from those of keys (B, K, T, 2) that each query sees."""
     j = jnp.arange(S, dtype=jnp.int32)
-    return jnp.stack([count_up_to(end, j), count_up_to(begin, j)], axis=-1)
+
+    def one(ranges):
+        begin, end = ranges[:, 0], ranges[:, 1]
+        return jnp.stack([count_up_to(end, j), count_up_to(begin, j)], axis=-1)
+
+    # For each head, though they are equal: where the heads are split over devices, so is this.
+    return jax.vmap(jax.vmap(one))(key_ranges)
 
 
 def count_up_to(rising, x, begin: ArrayLike = 0, end: ArrayLike | None = None, compare=jax.lax.le):

@@ -234,18 +234,20 @@ CASES = {
     "a length for each query": ("forward", array(kv_lengths=(B, T)), "kv_lengths must have the axes"),
     "a diagonal for each query": ("forward", also("diagonal", (B, K, T)), "diagonal must have the axes"),
     "a diagonal of floats": ("forward", also("diagonal", (B, K), "float32"), "diagonal has the wrong dtype"),
-    "key_ranges without query_ranges": ("forward", RANGES[0], "key_ranges and query_ranges come together"),
-    "query_ranges without key_ranges": ("forward", RANGES[1], "key_ranges and query_ranges come together"),
+    "key_ranges without query_ranges": ("backward", RANGES[0], "key_ranges and query_ranges come together"),
     "ranges without ends": (
         "forward",
-        every(*RANGES, array(key_ranges=(B, K, T, 1))),
+        every(RANGES[0], array(key_ranges=(B, K, T, 1))),
         "key_ranges must have the axes bkt2 with b=2, k=3, t=5, 2=2",
     ),
     "query_ranges for each query": (
-        "forward",
+        "backward",
         every(*RANGES, array(query_ranges=(B, K, T, 2))),
         "query_ranges must have the axes",
     ),
+    "query_ranges in forward": ("forward", RANGES[1], "query_ranges is not an operand of this call"),
+    "sinks for KV heads": ("forward", also("sinks", (B, K), "float32"), "sinks must have the axes bkg"),
+    "sinks in half precision": ("kvcache", also("sinks", (B, K, G), "float16"), "sinks has the wrong dtype"),
     "no v": ("forward", without("v", "mask", "q_lengths", "kv_lengths"), "v is announced, but missing"),
     "no operand": ("forward", without("q", "k", "v", "mask", "q_lengths", "kv_lengths"), "q is announced, but missing"),
     "v not announced": ("forward", announced("v", present=False), "v is missing"),
@@ -443,9 +445,10 @@ def test_what_is_spoilt_above_is_right(target, dtype, platform):
 
 
 @pytest.mark.parametrize("target", ["forward", "backward"])
-def test_ranges_and_a_diagonal_are_operands(target, dtype, platform):
+def test_ranges_a_diagonal_and_sinks_are_operands(target, dtype, platform):
     call = targets(dtype, platform)[target]()
-    every(*RANGES, also("diagonal", (B, K)))(call)
+    ranges = RANGES if target == "backward" else RANGES[:1]
+    every(*ranges, also("diagonal", (B, K)), also("sinks", (B, K, G), "float32"))(call)
     call.run()
 
 

@@ -79,7 +79,7 @@ EVERY_SIDE = Spec(0.1, softcap=30.0, band=Band(5, 0, top_left=True))
     [
         (dict(), "sm90"),
         (dict(dtype="float16", H=64, spec=EVERY_SIDE, operands=["q_lengths", "kv_lengths", "diagonal"]), "sm90"),
-        (dict(operands=["key_ranges", "query_ranges"]), "sm90"),
+        (dict(operands=["key_ranges"]), "sm90"),
         (dict(operands=["mask"]), "sm80"),
         (dict(H=100), "sm80"),
         (dict(capability=80), "sm80"),

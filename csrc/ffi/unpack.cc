@@ -34,7 +34,6 @@ void unpack_common(Unpacker& call, Params& p) {
   p.band.left = call.option(kLeft);
   p.band.right = call.option(kRight);
   p.band.top_left = call.option(kTopLeft) != 0;
-  if (call.has(kKeyRanges) != call.has(kQueryRanges)) call.fail("key_ranges and query_ranges come together");
 }
 
 using NamedSizes = std::initializer_list<std::pair<const char*, int64_t>>;
@@ -64,6 +63,10 @@ ffi::ErrorOr<BackwardParams> unpack_backward(const Buffers& buffers) {
   if (call.ok()) unpack_common(call, p);
   if (call.ok()) call.check_aliases(false);
   if (!call.ok()) return ffi::Unexpected(call.error());
+  if (call.has(kKeyRanges) != call.has(kQueryRanges)) {
+    call.fail("key_ranges and query_ranges come together");
+    return ffi::Unexpected(call.error());
+  }
   p.deterministic = call.option(kDeterministic) != 0;
   p.workspace_bytes = call.bytes_of(kWorkspace);
   const int64_t needed = backward_workspace_bytes(p.shape);

@@ -19,7 +19,15 @@ def _attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     return merge_heads("o", results["o"]), merge_heads("lse", results["lse"])
 
 
-attend = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+def attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`_attend` with its derivative."""
+    for name, x in operands.items():
+        if TABLE[name].gradient:
+            operands = operands | {name: _primitive.reverse_mode_p.bind(x, tangent=False)}
+    return _differentiable(spec, operands)
+
+
+_differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
 def _attend_forward(spec: Spec, operands):
@@ -47,4 +55,4 @@ def _kv_heads(operands) -> int:
     return operands["k"].shape[2]
 
 
-attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+_differentiable.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

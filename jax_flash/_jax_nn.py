@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Literal
 
 import jax
@@ -106,7 +105,8 @@ def dot_product_attention(
         q.shape[-1],
         softmax_scale=scale,
         causal=is_causal,
-        window_size=_window(local_window_size),
+        window_size=local_window_size,
+        least_window=0,
         top_left=True,
         names={"softmax_scale": "scale", "causal": "is_causal", "window_size": "local_window_size"},
     )
@@ -141,13 +141,6 @@ def _mean_where_unseen(spec: Spec, arrays: dict[str, jax.Array], out, lse):
         unseen.reshape(*per_group, 1), jnp.expand_dims(mean, (-4, -2)), out.reshape(*per_group, out.shape[-1])
     )
     return out.reshape(q.shape)
-
-
-def _window(local_window_size):
-    sides = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size,)
-    if any(isinstance(side, numbers.Integral) and side < 0 for side in sides):
-        raise ValueError(f"{_NAME}: local_window_size must not be negative; got {local_window_size!r}")
-    return local_window_size
 
 
 def _lengths(name: str, lengths, q):

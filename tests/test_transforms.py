@@ -197,14 +197,10 @@ def test_debug_infs_under_jit(dtype):
     """As documented: a log-sum-exp of -inf that is not asked for is not reported there."""
     q, k, v = (make(name, dtype) for name in "qkv")
     attend = functools.partial(jax_flash.attention, kv_lengths=jnp.array([0, S]))
-    before = jax.config.read("jax_debug_infs")
-    jax.config.update("jax_debug_infs", True)
-    try:
+    with jax.debug_infs(True):
         assert np.isfinite(np.asarray(jax.jit(attend)(q, k, v), np.float32)).all()
         with pytest.raises(FloatingPointError, match="inf"):
             jax.jit(functools.partial(attend, return_softmax_lse=True))(q, k, v)
-    finally:
-        jax.config.update("jax_debug_infs", before)
 
 
 SAFE = [jax.export.DisabledSafetyCheck.custom_call(f"jax_flash_{d}") for d in ("forward", "backward")]

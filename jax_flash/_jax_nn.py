@@ -135,12 +135,11 @@ def _mean_where_unseen(spec: Spec, arrays: dict[str, jax.Array], out, lse):
     if q.ndim == 4:
         (v,) = _sharding.split_like_queries(q, v)
     K = v.shape[-2]
-    mean = jnp.mean(v, axis=-3, dtype=jnp.float32).astype(out.dtype)
-    per_group = (*out.shape[:-2], K, out.shape[-2] // K)
-    out = jnp.where(
-        unseen.reshape(*per_group, 1), jnp.expand_dims(mean, (-4, -2)), out.reshape(*per_group, out.shape[-1])
-    )
-    return out.reshape(q.shape)
+    out = out.reshape(*out.shape[:-2], K, out.shape[-2] // K, out.shape[-1])
+    # Cast where it is as large as the output, so that its gradient, a sum over the queries, is summed in float32.
+    mean = jnp.expand_dims(jnp.mean(v, axis=-3, dtype=jnp.float32), (-4, -2))
+    mean = jnp.broadcast_to(mean, out.shape).astype(out.dtype)
+    return jnp.where(unseen.reshape(*out.shape[:-1], 1), mean, out).reshape(q.shape)
 
 
 def _lengths(name: str, lengths, q):

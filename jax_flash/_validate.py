@@ -25,10 +25,10 @@ _FLOAT32 = np.finfo(np.float32)
 
 
 def as_array(function: str, name: str, x) -> jax.Array:
-    """x as a JAX array, if it is an array; lists and scalars are refused, since they are usually a slip."""
-    if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
+    """x as a JAX array, if it is an array; lists and Python's numbers are refused, since they are usually a slip."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "iu":
         x = np.asarray(_saturated(x, np))  # before JAX cuts off what 32 bits do not hold
-    if isinstance(x, (jax.Array, np.ndarray)) or hasattr(x, "__jax_array__"):
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)) or hasattr(x, "__jax_array__"):
         return jnp.asarray(x)
     raise ValueError(f"{function}: {name} must be a JAX or NumPy array; got {type(x).__name__}")
 

@@ -70,6 +70,16 @@ def test_q_lengths(function, case, dtype):
     same(call(q, k, v, q_lengths=lengths), call(q, k, v, q_lengths=jnp.array(clamped, jnp.int32)))
 
 
+@pytest.mark.parametrize("function", ["attention", "attention_fn"])
+def test_one_length_of_arrays_without_batch_axis(function, dtype):
+    """As indexing a NumPy array gives it."""
+    q, k, v = (x[0] for x in qkv(20, dtype))
+    lengths = np.array([2**32 + 3, 7])
+    for length, clamped in zip(lengths, (20, 7), strict=True):
+        got, want = (FUNCTIONS[function](q, k, v, kv_lengths=x) for x in (length, jnp.int32(clamped)))
+        same(got, want)
+
+
 @pytest.mark.parametrize("case", LENGTHS)
 def test_kvcache_lengths(case, dtype):
     lengths, S, clamped = LENGTHS[case]

@@ -37,7 +37,7 @@ def _column(lengths, most: int):
 
 
 def attend(case, meaning: Meaning, qkv, extras, cotangents, rounded: Callable = lambda x: x):
-    """(out, lse), (dq, dk, dv). rounded: what a less exact computation does to what enters and leaves a matrix product."""
+    """(out, lse), (dq, dk, dv). rounded: what a rough computation does to the operands and results of its products."""
     q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (*qkv, *cotangents))
     G = case.N // case.K if case.K else 1
     q, k, v, d_out = q.swapaxes(1, 2), *(np.repeat(x.swapaxes(1, 2), G, axis=1) for x in (k, v)), d_out.swapaxes(1, 2)

@@ -109,7 +109,7 @@ def exact_and_rough(case, meaning, arrays, cotangents):
 
 
 def deviations(case, meaning, results):
-    """By how much rounding changes each result, at most; with more sequences where there are few values to tell from."""
+    """By how much rounding changes each result, at most; with more sequences where values are few."""
     times = 1 + 1000 // max(1, case.B * min(case.T, case.S) * case.K * case.H)
     mask = case.mask
     if mask is not None and len(mask) == 4 and mask[0] == case.B:

@@ -130,6 +130,17 @@ def test_scales_of_any_sign_and_type(scale, dtype):
         np.testing.assert_allclose(np.asarray(out, np.float32), exact[0], bound, bound)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_negative_scale_of_large_scores(function, dtype):
+    """The largest score is then that of the smallest product."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 1, 8)), dtype) for n in (5, 40, 40))
+    call, scale = FUNCTIONS[function], SCALE.get(function, "softmax_scale")
+    got, want = call(q, k, v, **{scale: -200.0}), call(-q, k, v, **{scale: 200.0})
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert np.isfinite(np.asarray(jax.tree.leaves(got)[0], np.float32)).all()
+
+
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "dot_product_attention"])
 def test_flash_attention_s_words_for_none(function):
     call = functools.partial(FUNCTIONS[function], Q, K * jnp.arange(3.0).reshape(1, 3, 1, 1), K)

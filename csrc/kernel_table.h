@@ -22,13 +22,13 @@ constexpr uint32_t dtype_bit(DType dtype) { return 1u << static_cast<int>(dtype)
 inline constexpr uint32_t kHalfTypes = dtype_bit(DType::kFloat16) | dtype_bit(DType::kBFloat16);
 inline constexpr uint32_t kAllTypes = kHalfTypes | dtype_bit(DType::kFloat32);
 
-inline constexpr Features kForwardFeatures =
-    kNeedsBand | kNeedsDiagonal | kNeedsLengths | kNeedsRanges | kNeedsMask | kNeedsSoftcap | kNeedsUnaligned;
+inline constexpr Features kForwardFeatures = kNeedsBand | kNeedsDiagonal | kNeedsLengths | kNeedsRanges | kNeedsMask |
+                                             kNeedsSoftcap | kNeedsSinks | kNeedsUnaligned;
 inline constexpr Features kBackwardFeatures =
     kForwardFeatures | kNeedsLseGradient | kNeedsDeterministic | kNeedsManyOrdered;
 inline constexpr Features kKvcacheFeatures = kNeedsBand | kNeedsLengths | kNeedsSoftcap | kNeedsUnaligned |
                                              kNeedsAppend | kNeedsRotary | kNeedsPages | kNeedsBatchIndex |
-                                             kNeedsLeftpad | kNeedsSplits;
+                                             kNeedsLeftpad | kNeedsSplits | kNeedsSinks;
 // TMA wants tensors that begin at multiples of 16 bytes. Hopper's backward has no registers left for tables of ranges,
 // and its ordered sums count their key blocks in 16 bits.
 inline constexpr Features kNotOnHopper = kNeedsMask | kNeedsUnaligned;

@@ -17,22 +17,23 @@ enum Feature : Features {
   kNeedsRanges = 1 << 3,    // tables of key ranges
   kNeedsMask = 1 << 4,      // one bit a key
   kNeedsSoftcap = 1 << 5,
-  kNeedsLseGradient = 1 << 6,
-  kNeedsDeterministic = 1 << 7,
-  kNeedsManyOrdered = 1 << 8,  // deterministic, with more keys than 16 bits count blocks of 128 of
-  kNeedsUnaligned = 1 << 9,    // an array that does not begin at a multiple of 16 bytes
-  kNeedsAppend = 1 << 10,      // new tokens are written to the cache
-  kNeedsRotary = 1 << 11,
-  kNeedsPages = 1 << 12,
-  kNeedsBatchIndex = 1 << 13,
-  kNeedsLeftpad = 1 << 14,
-  kNeedsSplits = 1 << 15,  // num_splits is given
+  kNeedsSinks = 1 << 6,  // a score more in each head's softmax
+  kNeedsLseGradient = 1 << 7,
+  kNeedsDeterministic = 1 << 8,
+  kNeedsManyOrdered = 1 << 9,  // deterministic, with more keys than 16 bits count blocks of 128 of
+  kNeedsUnaligned = 1 << 10,   // an array that does not begin at a multiple of 16 bytes
+  kNeedsAppend = 1 << 11,      // new tokens are written to the cache
+  kNeedsRotary = 1 << 12,
+  kNeedsPages = 1 << 13,
+  kNeedsBatchIndex = 1 << 14,
+  kNeedsLeftpad = 1 << 15,
+  kNeedsSplits = 1 << 16,  // num_splits is given
 };
 
 inline constexpr const char* kFeatureNames[] = {
-    "band",         "diagonal",      "lengths",           "ranges",    "mask",   "softcap",
-    "LSE gradient", "deterministic", "ordered > 8M keys", "unaligned", "append", "rotary",
-    "pages",        "batch index",   "left padding",      "num_splits"};
+    "band",         "diagonal",      "lengths",           "ranges",    "mask",   "softcap", "sinks",
+    "LSE gradient", "deterministic", "ordered > 8M keys", "unaligned", "append", "rotary",  "pages",
+    "batch index",  "left padding",  "num_splits"};
 inline constexpr int kFeatureCount = sizeof(kFeatureNames) / sizeof(char*);
 inline constexpr Features kAllFeatures = (Features{1} << kFeatureCount) - 1;
 
@@ -65,16 +66,16 @@ inline Features needs(const ScoreParams& params) {
 }
 
 inline Features needs(const ForwardParams& params) {
-  const auto& [dtype, shape, band, mask, score, q, k, v, o, lse] = params;
+  const auto& [dtype, shape, band, mask, score, sinks, q, k, v, o, lse] = params;
   (void)dtype, (void)shape;
-  return needs(band) | needs(mask) | needs(score) | needs_of_pointers(q, k, v, o, lse);
+  return needs(band) | needs(mask) | needs(score) | when(sinks, kNeedsSinks) | needs_of_pointers(q, k, v, o, lse);
 }
 
 inline Features needs(const BackwardParams& params) {
-  const auto& [dtype, shape, band, mask, score, deterministic, q, k, v, o, lse, d_o, d_lse, dq, dk, dv, workspace,
-               workspace_bytes] = params;
+  const auto& [dtype, shape, band, mask, score, sinks, deterministic, q, k, v, o, lse, d_o, d_lse, dq, dk, dv,
+               workspace, workspace_bytes] = params;
   (void)dtype, (void)workspace_bytes;
-  return needs(band) | needs(mask) | needs(score) | when(d_lse, kNeedsLseGradient) |
+  return needs(band) | needs(mask) | needs(score) | when(sinks, kNeedsSinks) | when(d_lse, kNeedsLseGradient) |
          when(deterministic, kNeedsDeterministic) |
          when(deterministic && shape.S > kMostOrderedKeys, kNeedsManyOrdered) |
          needs_of_pointers(q, k, v, o, lse, d_o, d_lse, dq, dk, dv, workspace);
@@ -87,7 +88,7 @@ inline Features needs(const RotaryParams& params) {
 }
 
 inline Features needs(const KvcacheParams& params) {
-  const auto& [dtype, B, K, G, T, T_new, H, groups, rows, S, pages, sequence_stride, left, right, score, rotary,
+  const auto& [dtype, B, K, G, T, T_new, H, groups, rows, S, pages, sequence_stride, left, right, score, rotary, sinks,
                num_splits, q, k_new, v_new, k_cache, v_cache, lengths, batch_index, leftpad, block_table, o, lse,
                workspace, workspace_bytes] = params;
   (void)dtype, (void)B, (void)K, (void)G, (void)T, (void)H, (void)groups, (void)rows, (void)S, (void)sequence_stride;
@@ -95,7 +96,7 @@ inline Features needs(const KvcacheParams& params) {
   return when(left != kUnbounded || right != kUnbounded, kNeedsBand) | when(lengths, kNeedsLengths) | needs(score) |
          needs(rotary) | when(T_new != 0, kNeedsAppend) | when(pages != 0, kNeedsPages) |
          when(batch_index, kNeedsBatchIndex) | when(leftpad, kNeedsLeftpad) | when(num_splits != 0, kNeedsSplits) |
-         needs_of_pointers(q, k_new, v_new, k_cache, v_cache, o, lse, workspace);
+         when(sinks, kNeedsSinks) | needs_of_pointers(q, k_new, v_new, k_cache, v_cache, o, lse, workspace);
 }
 
 }  // namespace jax_flash

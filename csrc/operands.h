@@ -45,7 +45,7 @@ struct Operand {
   const char* axes;    // in logical order, batch and heads first: the axes that XLA may split
   const char* memory;  // in the order of memory; what a sequence's heads share has no k there
   ElementType type;
-  const char* gradient;  // its name among backward's results, or ""
+  const char* gradient;  // its name, or ""; a result of backward where a row below has it
   Use forward, backward, kvcache;
 
   constexpr const Use& use(Call call) const {
@@ -134,6 +134,8 @@ inline constexpr Operand kOperands[] = {
      JAX_FLASH_USE(kOptional, ForwardParams, band.query_ranges),
      JAX_FLASH_USE(kOptional, BackwardParams, band.query_ranges),
      {}},
+    {"sinks", "bkg", "bkg", ElementType::kFloat32, "dsinks", JAX_FLASH_USE(kOptional, ForwardParams, sinks),
+     JAX_FLASH_USE(kOptional, BackwardParams, sinks), JAX_FLASH_USE(kOptional, KvcacheParams, sinks)},
     {"lengths", "bk", "b", ElementType::kInt32, "", {}, {}, JAX_FLASH_USE(kOptional, KvcacheParams, lengths)},
     {"batch_index", "bk", "b", ElementType::kInt32, "", {}, {}, JAX_FLASH_USE(kOptional, KvcacheParams, batch_index)},
     {"leftpad", "bk", "b", ElementType::kInt32, "", {}, {}, JAX_FLASH_USE(kOptional, KvcacheParams, leftpad)},

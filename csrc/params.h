@@ -55,11 +55,12 @@ struct ForwardParams {
   BandParams band;
   MaskParams mask;
   ScoreParams score;
-  const void* q;  // [B, T, K, G, H]
-  const void* k;  // [B, S, K, H]
-  const void* v;  // [B, S, K, H]
-  void* o;        // [B, T, K, G, H]; 0 for a row that sees no key
-  float* lse;     // [B, K, G, T], natural log; -inf for a row that sees no key
+  const float* sinks = nullptr;  // [B, K, G], one score more, without a value, in each valid row's softmax; null: none
+  const void* q;                 // [B, T, K, G, H]
+  const void* k;                 // [B, S, K, H]
+  const void* v;                 // [B, S, K, H]
+  void* o;                       // [B, T, K, G, H]; 0 for a row that sees no key
+  float* lse;                    // [B, K, G, T], natural log; -inf for a row that sees no key and has no sink
 };
 
 struct BackwardParams {
@@ -68,18 +69,19 @@ struct BackwardParams {
   BandParams band;
   MaskParams mask;
   ScoreParams score;
-  bool deterministic;  // bit-equal results over repeats
-  const void* q;       // [B, T, K, G, H]
-  const void* k;       // [B, S, K, H]
-  const void* v;       // [B, S, K, H]
-  const void* o;       // [B, T, K, G, H]
-  const float* lse;    // [B, K, G, T], natural log
-  const void* d_o;     // [B, T, K, G, H]
-  const float* d_lse;  // [B, K, G, T]; null: the LSE has no gradient
-  void* dq;            // [B, T, K, G, H]
-  void* dk;            // [B, S, K, H]
-  void* dv;            // [B, S, K, H]
-  void* workspace;     // uninitialised; workspace_bytes of it, 256-byte aligned
+  const float* sinks = nullptr;  // [B, K, G]; the LSE has them already
+  bool deterministic;            // bit-equal results over repeats
+  const void* q;                 // [B, T, K, G, H]
+  const void* k;                 // [B, S, K, H]
+  const void* v;                 // [B, S, K, H]
+  const void* o;                 // [B, T, K, G, H]
+  const float* lse;              // [B, K, G, T], natural log
+  const void* d_o;               // [B, T, K, G, H]
+  const float* d_lse;            // [B, K, G, T]; null: the LSE has no gradient
+  void* dq;                      // [B, T, K, G, H]
+  void* dk;                      // [B, S, K, H]
+  void* dv;                      // [B, S, K, H]
+  void* workspace;               // uninitialised; workspace_bytes of it, 256-byte aligned
   int64_t workspace_bytes;
 };
 
@@ -109,18 +111,19 @@ struct KvcacheParams {
   int64_t left = kUnbounded, right = kUnbounded;  // sides of the band as in BandParams, bottom right
   ScoreParams score;
   RotaryParams rotary;
-  int32_t num_splits;  // of the keys; 0: balanced over the device
-  const void* q;       // [B, T, K, G, H]
-  const void* k_new;   // [B, T_new, K, H]
-  const void* v_new;   // [B, T_new, K, H]
-  void* k_cache;       // [groups, rows, S, K, H]; written at the appended positions only
+  const float* sinks = nullptr;  // [B, K, G], as in ForwardParams
+  int32_t num_splits;            // of the keys; 0: balanced over the device
+  const void* q;                 // [B, T, K, G, H]
+  const void* k_new;             // [B, T_new, K, H]
+  const void* v_new;             // [B, T_new, K, H]
+  void* k_cache;                 // [groups, rows, S, K, H]; written at the appended positions only
   void* v_cache;
   const int32_t* lengths;      // positions filled before the call; null: all
   const int32_t* batch_index;  // cache row of each sequence; null: sequence b of a group has row b
   const int32_t* leftpad;      // first position that may be seen; null: 0
   const int32_t* block_table;  // [B, pages]
   void* o;                     // [B, T, K, G, H]; 0 for a row that sees no key
-  float* lse;                  // [B, K, G, T], natural log; -inf for a row that sees no key
+  float* lse;                  // [B, K, G, T], natural log; -inf for a row that sees no key and has no sink
   void* workspace;             // uninitialised, workspace_bytes of it, 256-byte aligned
   int64_t workspace_bytes;
 };

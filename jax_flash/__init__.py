@@ -3,7 +3,16 @@
 from jax_flash import cache, reference, rotary
 from jax_flash._attention import attention
 from jax_flash._jax_nn import dot_product_attention
+from jax_flash._varlen import attention_varlen
 from jax_flash.kvcache import flash_attn_with_kvcache
 
-__all__ = ["attention", "cache", "dot_product_attention", "flash_attn_with_kvcache", "reference", "rotary"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "cache",
+    "dot_product_attention",
+    "flash_attn_with_kvcache",
+    "reference",
+    "rotary",
+]
 __version__ = "0.1.0"

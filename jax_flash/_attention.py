@@ -21,6 +21,9 @@ def attention(
     softcap: float | None = None,
     q_lengths: jax.Array | None = None,
     kv_lengths: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     deterministic: bool = False,
     return_softmax_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -39,11 +42,14 @@ def attention(
     mask                  (B, N, T, S)        bool; any axis may be 1 or left out
     q_lengths             (B,)                any integer
     kv_lengths            (B,)                any integer
+    q_segment_ids         (B, T)              any integer
+    kv_segment_ids        (B, S)              any integer
+    sinks                 (N,)                any float
     log-sum-exp           (B, N, T)           float32
     ====================  ==================  =====================================
 
-    All of them may come without B. Head n of q uses head n // (N // K) of k and v: K = N is multi-head attention, K = 1
-    multi-query, between them grouped-query.
+    All that have a B may come without it. Head n of q uses head n // (N // K) of k and v: K = N is multi-head
+    attention, K = 1 multi-query, between them grouped-query.
 
     With q_lengths t and kv_lengths s (T and S where not given), query i < t may see key j < s. A query that sees no key
     has output 0, log-sum-exp -inf and gradients 0, whatever its cotangents are. (On Hopper GPUs, unless a mask hides
@@ -78,6 +84,14 @@ def attention(
       q_lengths: the number of valid queries in each sequence, clamped to [0, T]. Queries past it are ignored, and their
         outputs are 0.
       kv_lengths: the number of valid keys in each sequence, clamped to [0, S]. Keys past it are never read.
+      q_segment_ids: of packed sequences, in any order: a query sees the keys of its own segment alone, in addition to
+        what the rest says of positions in the arrays. Tokens with a negative id belong to no segment: such a query sees
+        nothing, and such a key is never read. (Tokens are sorted by segment on the way, so that blocks of others are
+        skipped. `attention_varlen` takes sequences that lie one behind the other as they are.)
+      kv_segment_ids: those of the keys; default: q_segment_ids, if there are as many keys as queries.
+      sinks: of each query head one score more, without a value, in the softmax of all its valid queries, which so give
+        a part of their attention to nothing. Learnable, as in gpt-oss: it has a gradient. A query that sees no key has
+        its head's sink for log-sum-exp. -inf is none.
       deterministic: gradients are equal bit for bit whenever the call is repeated, at some cost in speed on GPUs. The
         output always is.
       return_softmax_lse: also return the natural logarithm of the sum of the exponentials of the scores, which has a
@@ -103,7 +117,10 @@ def attention(
     ((2, 5, 4, 64), (2, 4, 5))
     """
     arrays = {"q": q, "k": k, "v": v, "mask": mask, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
+    arrays |= {"sinks": sinks}
+    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     arrays = {name: _validate.as_array(_NAME, name, x) for name, x in arrays.items() if x is not None or name in "qkv"}
+    arrays |= {name: _validate.segment_ids(_NAME, name, x) for name, x in ids.items() if x is not None}
     q, k, v = (arrays[name] for name in "qkv")
     _validate.check_qkv(_NAME, q, k, v)
     if mask is not None:
@@ -111,6 +128,10 @@ def attention(
     for name in ("q_lengths", "kv_lengths"):
         if name in arrays:
             _validate.check_lengths(_NAME, name, arrays[name], q)
+    if sinks is not None:
+        _validate.check_sinks(_NAME, arrays["sinks"], q)
+    if q_segment_ids is not None or kv_segment_ids is not None:
+        arrays = _validate.with_segment_ids(_NAME, arrays)
     spec = _validate.make_spec(
         _NAME,
         q.shape[-1],

@@ -48,7 +48,20 @@ def _attend_backward(spec: Spec, residuals, cotangents):
     arrays |= {name: split_heads(name, arrays[name], K) for name in per_head if name in arrays}
     results = _primitive.bind("backward", spec, arrays)
     results["dq"] = merge_heads("dq", results["dq"])
+    if "sinks" in residuals:
+        results["dsinks"] = _sinks_gradient(arrays)
     return ({name: results.get(TABLE[name].gradient) for name in residuals if name not in ("o", "lse")},)
+
+
+def _sinks_gradient(arrays) -> jax.Array:
+    """A sink has a probability and no value: what the softmax's other derivatives leave is all that there is."""
+    products = arrays["o"].astype(jnp.float32) * arrays["do"].astype(jnp.float32)
+    delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, -1)  # (B, K, G, T)
+    if "dlse" in arrays:
+        delta = delta - arrays["dlse"]
+    has_sink = arrays["lse"] != -jnp.inf  # not queries past their length, whose cotangents may be anything
+    p = jnp.exp(arrays["sinks"][..., None] - jnp.where(has_sink, arrays["lse"], jnp.inf))
+    return -jnp.sum(jnp.where(has_sink, p * delta, 0.0), axis=-1)
 
 
 def _kv_heads(operands) -> int:

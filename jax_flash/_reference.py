@@ -26,8 +26,10 @@ def _forward(spec: Spec, operands: dict[str, jax.Array]) -> dict[str, jax.Array]
     valid_k = _rows_below(x.kv_lengths, S, x.k.ndim - 2)[..., None]
     q = jnp.where(valid_q, jnp.moveaxis(x.q, -4, -2).astype(jnp.float32), 0.0)  # (..., K, G, T, H)
     k, v = (jnp.where(valid_k, a.swapaxes(-3, -2).astype(jnp.float32), 0.0) for a in (x.k, x.v))  # (..., K, S, H)
-    out, lse = softmax_attention(q, k, v, visible, spec.softmax_scale, spec.softcap)
+    out, lse = softmax_attention(q, k, v, visible, spec.softmax_scale, spec.softcap, x.sinks)
     out = jnp.where(valid_q, out, 0.0).astype(dtype)
+    if x.sinks is not None:
+        lse = jnp.where(valid_q[..., 0], lse, -jnp.inf)
     return {"o": jnp.moveaxis(out, -2, -4), "lse": lse}
 
 
@@ -134,7 +136,7 @@ def _one_kvcache(spec: Spec, operands: dict[str, jax.Array]) -> dict[str, jax.Ar
 
     keys, values = held_of(flat_k), held_of(flat_v)
     o, lse = softmax_attention(
-        q, keys.swapaxes(1, 2), values.swapaxes(1, 2), sees[:, None, None], spec.softmax_scale, spec.softcap
+        q, keys.swapaxes(1, 2), values.swapaxes(1, 2), sees[:, None, None], spec.softmax_scale, spec.softcap, x.sinks
     )
     out = {"o": jnp.moveaxis(o, 3, 1).astype(x.q.dtype), "lse": lse}
     if appended:

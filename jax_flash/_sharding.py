@@ -96,6 +96,14 @@ def split_like_queries(q, *keys) -> tuple[jax.Array, ...]:
     return tuple(map(repeat, keys))
 
 
+def split_like(q, x, heads: bool = False) -> jax.Array:
+    """On explicit mesh axes: x (B, ...), or with heads (B, K, ...), split over the devices as q (B, T, N, H) is."""
+    sharding = jax.typeof(q).sharding
+    own = (sharding.spec[0], sharding.spec[2]) if heads else (sharding.spec[0],)
+    spec = PartitionSpec(*own, *[None] * (x.ndim - len(own)))
+    return x if spec == jax.typeof(x).sharding.spec else jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
 def join(repeated, keys) -> jax.Array:
     """The other way round: one of the heads that split_like_queries repeated of keys, sharded as keys is."""
     B, S, heads, H = repeated.shape

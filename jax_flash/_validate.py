@@ -113,6 +113,66 @@ def check_lengths(function: str, name: str, lengths: jax.Array, q: jax.Array) ->
         )
 
 
+def with_segment_ids(function: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays with ids for both queries and keys, which have q_segment_ids, or ids of their own."""
+    q, k = arrays["q"], arrays["k"]
+    if "q_segment_ids" not in arrays:
+        raise ValueError(f"{function}: kv_segment_ids need q_segment_ids")
+    got = ", ".join(f"{name} {show(arrays[name])}" for name in ("q_segment_ids", "kv_segment_ids") if name in arrays)
+    got = f"got {got} with q {show(q)}, k {show(k)}"
+    for name, x in (("q_segment_ids", q), ("kv_segment_ids", k)):
+        ids = arrays.get(name)
+        if ids is None:
+            if q.shape[-3] != k.shape[-3]:
+                raise ValueError(f"{function}: kv_segment_ids must be given where T and S differ; {got}")
+            continue
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"{function}: {name} must be integers; {got}")
+        if ids.shape != x.shape[:-2]:
+            letters = ("(B, T)" if x is q else "(B, S)") if x.ndim == 4 else ("(T,)" if x is q else "(S,)")
+            raise ValueError(f"{function}: {name} must have shape {letters} = {x.shape[:-2]}; {got}")
+    return {"kv_segment_ids": arrays["q_segment_ids"]} | arrays
+
+
+def segment_ids(function: str, name: str, ids) -> jax.Array:
+    """Ids as an array: none may be lost in 32 bits."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and ids.size:
+        if int(ids.max()) > int(_INT32.max) or int(ids.min()) < int(_INT32.min):
+            raise ValueError(f"{function}: {name} must fit in 32 bits; got {ids.min()} to {ids.max()}")
+    return as_array(function, name, ids)
+
+
+def check_sinks(function: str, sinks: jax.Array, q: jax.Array) -> None:
+    """Floating-point numbers, one for each query head."""
+    got = f"got sinks {show(sinks)} with q {show(q)}"
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(f"{function}: sinks must be floating-point numbers; {got}")
+    if sinks.shape != (q.shape[-2],):
+        raise ValueError(f"{function}: sinks must have shape (N,) = ({q.shape[-2]},), one for each query head; {got}")
+
+
+def check_packed(function: str, arrays: dict[str, jax.Array]) -> None:
+    """Packed sequences: q (total_q, N, H), k and v (total_k, K, H), where each begins and how much of it counts."""
+    q, k, v = (arrays[name] for name in "qkv")
+    if not q.ndim == k.ndim == v.ndim == 3:
+        raise ValueError(
+            f"{function}: q must be (total_q, N, H), k and v (total_k, K, H), without a batch axis; got q {show(q)}, "
+            f"k {show(k)}, v {show(v)}"
+        )
+    check_qkv(function, q, k, v)
+    rest = {name: x for name, x in arrays.items() if name.startswith(("cu_seqlens", "seqused"))}
+    got = "got " + ", ".join(f"{name} {show(x)}" for name, x in rest.items())
+    for name, x in rest.items():
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{function}: {name} must be integers; {got}")
+    starts = arrays["cu_seqlens_q"].shape
+    if len(starts) != 1 or (isinstance(starts[0], int) and starts[0] < 1) or arrays["cu_seqlens_k"].shape != starts:
+        raise ValueError(f"{function}: cu_seqlens_q and cu_seqlens_k must both have shape (B + 1,); {got}")
+    for name in ("seqused_q", "seqused_k"):
+        if name in arrays and arrays[name].shape != (starts[0] - 1,):
+            raise ValueError(f"{function}: {name} must have shape (B,) = ({starts[0] - 1},); {got}")
+
+
 def make_spec(
     function: str,
     H: int,

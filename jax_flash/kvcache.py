@@ -30,6 +30,7 @@ def flash_attn_with_kvcache(
     causal: bool = False,
     window_size: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     rotary_interleaved: bool = True,
     num_splits: int | None = None,
     return_softmax_lse: bool = False,
@@ -52,6 +53,7 @@ def flash_attn_with_kvcache(
     cache_batch_idx       (B,)                          any integer
     cache_leftpad         (B,)                          any integer
     block_table           (B, max_pages)                any integer
+    sinks                 (N,)                          any float
     log-sum-exp           (B, N, T)                     float32
     ====================  ============================  =====================================
 
@@ -96,6 +98,7 @@ def flash_attn_with_kvcache(
       window_size: (left, right): query i sees positions from i + s - T - left to i + s - T + right. None, or -1, does
         not limit a side; one integer is for both.
       softcap: scores become softcap * tanh(score / softcap). Default, or 0: they do not.
+      sinks: of each query head one score more, without a value, in the softmax of all its queries.
       rotary_interleaved: rotate the pairs (0, 1), (2, 3), ...; else (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ...
       num_splits: how many parts the keys of a sequence are divided into on a GPU; None or 0 lets the device balance
         the work from the actual lengths. Results do not depend on it but for rounding. The CPU divides as its threads
@@ -131,6 +134,7 @@ def flash_attn_with_kvcache(
         "block_table": block_table,
         "rotary_cos": rotary_cos,
         "rotary_sin": rotary_sin,
+        "sinks": sinks,
     }
     required = ("q", "k_cache", "v_cache")
     arrays = {n: _validate.as_array(_NAME, n, x) for n, x in arrays.items() if x is not None or n in required}
@@ -212,6 +216,8 @@ def _check(a: dict[str, jax.Array]) -> None:
             fail(f"k and v may hold at most as many tokens as q, T = {T}", *main, "k", "v")
         if "cache_seqlens" not in a:
             fail("k and v need cache_seqlens, which says where they go", *main, "k", "v")
+    if "sinks" in a:
+        _validate.check_sinks(_NAME, a["sinks"], q)
     for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad"):
         if name in a:
             _validate.check_lengths(_NAME, name, a[name], q)

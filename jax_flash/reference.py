@@ -25,6 +25,9 @@ def attention(
     softcap: float | None = None,
     q_lengths: jax.Array | None = None,
     kv_lengths: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     return_softmax_lse: bool = False,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
 ):
@@ -40,7 +43,12 @@ def attention(
     left, right = window_size if isinstance(window_size, tuple) else (window_size, window_size)
     if causal:
         right = 0 if right is None else min(right, 0)
-    visible = visible_keys(T, S, left, right, _column(q_lengths, T), _column(kv_lengths, S))
+    q_lengths, kv_lengths = _column(q_lengths, T), _column(kv_lengths, S)
+    visible = visible_keys(T, S, left, right, q_lengths, kv_lengths)
+    if q_segment_ids is not None:
+        of_q, of_k = q_segment_ids, q_segment_ids if kv_segment_ids is None else kv_segment_ids
+        same = (of_q[:, :, None] == of_k[:, None]) & (of_q[:, :, None] >= 0)
+        visible = visible & same[:, None, None]
     if mask is not None:
         mask = jnp.broadcast_to(mask, (B, N, T, S)).reshape(B, K, G, T, S)
         visible = jnp.broadcast_to(visible, mask.shape) & mask
@@ -51,7 +59,14 @@ def attention(
         visible,
         H**-0.5 if softmax_scale is None else softmax_scale,
         softcap,
+        None if sinks is None else sinks.reshape(K, G),
     )
+    # No sink for the queries past the length, or without a segment.
+    for valid in (
+        None if q_lengths is None else jnp.arange(T)[None] < q_lengths,
+        None if q_segment_ids is None else jnp.asarray(q_segment_ids) >= 0,
+    ):
+        lse = lse if valid is None else jnp.where(valid[:, None, None], lse, -jnp.inf)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
     return (out, lse.reshape(B, N, T)) if return_softmax_lse else out
 
@@ -83,12 +98,14 @@ def visible_keys(T, S, left, right, q_lengths=None, kv_lengths=None) -> jax.Arra
     return visible
 
 
-def softmax_attention(q, k, v, visible, softmax_scale, softcap):
-    """Logical order: q (*batch, K, G, T, H), k and v (*batch, K, S, H); returns out like q and the LSE (..., G, T).
+def softmax_attention(q, k, v, visible, softmax_scale, softcap, sinks=None):
+    """Logical order: q (*batch, K, G, T, H), k and v (*batch, K, S, H), sinks (..., K, G); returns out like q and the
+    LSE (..., G, T).
 
     A query that sees a score of NaN or +inf has NaN for its output and LSE, as in a float32 softmax that subtracts the
     maximum. A key whose score is -inf has probability 0, and a query all of whose scores are -inf, since no key is
-    visible or by their values, has output 0 and LSE -inf, and gradients 0 whatever its cotangents are.
+    visible or by their values, has output 0 and LSE -inf, and gradients 0 whatever its cotangents are. A sink is one
+    score more, which has no value; it is the LSE of such a query.
     """
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     score = product("...kgth,...ksh->...kgts", q, k).astype(jnp.float32) * softmax_scale
@@ -96,12 +113,17 @@ def softmax_attention(q, k, v, visible, softmax_scale, softcap):
         score = softcap * jnp.tanh(score / softcap)
     score = jnp.where(jnp.broadcast_to(visible, score.shape), score, -jnp.inf)
     highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf))
+    if sinks is not None:
+        sinks = sinks.reshape((1,) * (score.ndim - sinks.ndim - 2) + (*sinks.shape, 1, 1)).astype(jnp.float32)
+        highest = jnp.maximum(highest, jax.lax.stop_gradient(sinks))
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # not +inf and NaN: subtracted, they make the row NaN
     p = jnp.exp(score - highest)
     total = jnp.sum(p, axis=-1, keepdims=True)
     sees_any = total != 0
-    total = jnp.where(sees_any, total, 1.0)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - highest)
+    total = jnp.where(any_score := total != 0, total, 1.0)
     out = product("...kgts,...ksh->...kgth", (p / total).astype(v.dtype), v)
     out = jnp.where(sees_any, out, 0.0)  # it is 0 already, but for its gradient and for 0 * NaN
-    lse = jnp.where(sees_any, highest + jnp.log(total), -jnp.inf)
+    lse = jnp.where(any_score, highest + jnp.log(total), -jnp.inf)
     return out, lse[..., 0]

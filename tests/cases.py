@@ -30,12 +30,14 @@ class Case:
     mask: tuple[int, ...] | None = None
     q_lengths: tuple[int, ...] | None = None
     kv_lengths: tuple[int, ...] | None = None
+    segments: int | None = None  # ids from -1, which is none, to this, in any order
+    sinks: float | None = None  # their scale; they are of either sign
 
     @property
     def id(self) -> str:
         sizes = "-".join(f"{letter}{getattr(self, letter)}" for letter in "BTSNKH")
         features = ["causal"] if self.causal else []
-        for name in ("window", "softcap", "scale", "mask", "q_lengths", "kv_lengths"):
+        for name in ("window", "softcap", "scale", "mask", "q_lengths", "kv_lengths", "segments", "sinks"):
             if (value := getattr(self, name)) is not None:
                 features.append(name + (str(value).strip("()").replace(", ", "_").replace(",", "")))
         return "-".join([_SHORT[self.dtype], sizes, *features])
@@ -44,7 +46,7 @@ class Case:
         return dict(causal=self.causal, window_size=self.window, softcap=self.softcap, softmax_scale=self.scale)
 
     def arrays(self, seed: int = 0) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """({q, k, v}, {mask, q_lengths, kv_lengths as far as the case has them})."""
+        """({q, k, v}, {mask, lengths, segment ids, sinks as far as the case has them})."""
         # NumPy's generator: jax.random compiles a program for every new shape, which takes longer than the test.
         rng = np.random.default_rng(seed)
         shapes = {"q": (self.B, self.T, self.N, self.H)} | dict.fromkeys("kv", (self.B, self.S, self.K, self.H))
@@ -52,6 +54,11 @@ class Case:
         extras = {n: jnp.array(getattr(self, n), jnp.int32) for n in ("q_lengths", "kv_lengths") if getattr(self, n)}
         if self.mask is not None:
             extras["mask"] = jnp.asarray(rng.random(self.mask) < 0.7)
+        if self.segments is not None:
+            for name, size in (("q_segment_ids", self.T), ("kv_segment_ids", self.S)):
+                extras[name] = jnp.asarray(rng.integers(-1, self.segments + 1, (self.B, size)), jnp.int32)
+        if self.sinks is not None:
+            extras["sinks"] = self.sinks * _normal(rng, (self.N,), F32)
         return qkv, extras
 
     def cotangents(self, seed: int = 1) -> tuple[jax.Array, jax.Array]:
@@ -97,6 +104,15 @@ _FEATURES = (
     dict(q_lengths=(5, 113), kv_lengths=(203, 77), window=(30, 2), softcap=5.0),
     dict(q_lengths=(90, 2), mask=(2, 4, 113, 203), causal=True, H=96),
     dict(T=1, S=300, kv_lengths=(299, 13), causal=True, N=8, K=2, H=128),
+    dict(segments=3),
+    dict(segments=2, causal=True, window=(40, None), H=128),
+    dict(segments=1, q_lengths=(90, 2), kv_lengths=(203, 77), window=(60, 30), softcap=5.0),
+    dict(segments=2, mask=(2, 1, 113, 203), causal=True, sinks=1.0),
+    dict(segments=0, mask=(4, 1, 203), T=200, S=203, N=4, K=4),
+    dict(sinks=2.0, causal=True),
+    dict(sinks=30.0, H=128),
+    dict(sinks=1.0, window=(9, None), softcap=5.0, q_lengths=(90, 2), kv_lengths=(203, 0)),
+    dict(sinks=1.0, mask=(2, 4, 113, 203), T=113, S=203, H=96),
 )
 
 

@@ -12,7 +12,9 @@ from flax import nnx
 import jax_flash.flax
 
 
-def by_definition(q, k, v, mask=None, is_causal=False, window=(None, None), softcap=None, scale=None, lengths=(None,)):
+def by_definition(
+    q, k, v, mask=None, is_causal=False, window=(None, None), softcap=None, scale=None, lengths=(None,), sinks=None
+):
     """What attention_fn computes with its own arguments, from all scores; lengths: of the queries, of the keys."""
     q, k, v = (np.asarray(x) for x in (q, k, v))
     (T, N), (S, K) = q.shape[-3:-1], k.shape[-3:-1]
@@ -30,7 +32,7 @@ def by_definition(q, k, v, mask=None, is_causal=False, window=(None, None), soft
     for n, index in zip(lengths, (i, j), strict=False):
         sees = sees if n is None else sees & (index < np.asarray(n)[..., None, None, None])
     weight = np.where(sees, np.exp(score), 0)
-    total = weight.sum(-1, keepdims=True)
+    total = weight.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks)[:, None, None])
     return np.einsum("...nts,...snh->...tnh", weight / np.where(total > 0, total, 1), v)
 
 
@@ -52,7 +54,7 @@ def layer_by_definition(params, x, *, rotary=None, positions=None, epsilon=1e-6,
             heads = kvcache_oracle.rotate(heads, np.cos(angle), np.sin(angle), rotary.interleaved)
         return heads
 
-    out = by_definition(project("query"), project("key"), project("value"), **options)
+    out = by_definition(project("query"), project("key"), project("value"), sinks=params.get("sinks"), **options)
     return np.einsum("btnh,nhd->btd", out, params["out"]["kernel"]) + params["out"].get("bias", 0)
 
 

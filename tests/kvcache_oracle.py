@@ -33,6 +33,7 @@ class Case:
     leftpad: bool = False
     batch_index: tuple[int, ...] | None = None
     extra_rows: int = 0
+    sinks: bool = False
     holes: bool = False  # entries of the block table that name no page
 
     @property
@@ -85,6 +86,8 @@ class Case:
             angle = rng.uniform(0, 2 * math.pi, (self.S + self.T, self.rotary // 2))
             table = np.float32 if self.interleaved else dtype
             a["rotary_cos"], a["rotary_sin"] = np.cos(angle).astype(table), np.sin(angle).astype(table)
+        if self.sinks:
+            a["sinks"] = 2 * rng.standard_normal(self.N).astype(np.float32)
         held = np.zeros((rows, length), bool)
         for b in range(self.B):
             for place in places(a, b)[: max(0, lengths[b])]:
@@ -121,7 +124,8 @@ def oracle(case: Case, a: dict[str, np.ndarray]):
     B, T, N, H = a["q"].shape
     G = N // max(1, a["k_cache"].shape[2])
     k_cache, v_cache = a["k_cache"].copy(), a["v_cache"].copy()
-    out, lse = np.zeros((B, T, N, H), np.float32), np.full((B, N, T), -np.inf, np.float32)
+    sinks = a.get("sinks", np.full(N, -np.inf, np.float32))
+    out, lse = np.zeros((B, T, N, H), np.float32), np.broadcast_to(sinks[:, None], (B, N, T)).copy()
     left, right = case.window or (-1, -1)
     right = 0 if case.causal else right
     table = [x.astype(np.float32) for x in (a["rotary_cos"], a["rotary_sin"])] if case.rotary else None
@@ -164,10 +168,11 @@ def oracle(case: Case, a: dict[str, np.ndarray]):
             score = np.einsum("nh,snh->ns", q, keys) * (case.scale or H**-0.5)
             if case.softcap:
                 score = case.softcap * np.tanh(score / case.softcap)
-            top = score.max(-1, keepdims=True)
+            top = np.maximum(score.max(-1, keepdims=True), sinks[:, None])
             weight = np.exp(score - top)
-            out[b, t] = np.einsum("ns,snh->nh", weight / weight.sum(-1, keepdims=True), values)
-            lse[b, :, t] = top[:, 0] + np.log(weight.sum(-1))
+            total = weight.sum(-1, keepdims=True) + np.exp(sinks[:, None] - top)
+            out[b, t] = np.einsum("ns,snh->nh", weight / total, values)
+            lse[b, :, t] = (top + np.log(total))[:, 0]
     return out, lse, k_cache, v_cache
 
 
@@ -200,6 +205,11 @@ CASES = [
     Case(window=(50, -1), T=2, T_new=2, S=500),
     Case(softcap=2.0, T=2, T_new=2),
     Case(scale=0.3),
+    Case(sinks=True, lengths=(0, 199, 77), T_new=0, causal=False),
+    Case(sinks=True, S=900, splits=7, H=128),
+    Case(sinks=True, T=37, T_new=20, page=16, lengths=(0, 150, 100)),
+    Case(sinks=True, T=3, T_new=3, page=24, N=6, window=(30, 0), leftpad=True),
+    Case(sinks=True, batch_index=(3, -1, 9), extra_rows=2, T=2, T_new=2),
     *(Case(splits=n, S=400, page=page) for n in (1, 2, 7, 300) for page in (0, 40)),
     Case(leftpad=True, T=2, T_new=2),
     Case(batch_index=(3, 0, 4), extra_rows=2),

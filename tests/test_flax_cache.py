@@ -33,7 +33,15 @@ GROUPED = dict(num_heads=HEADS, num_kv_heads=2, head_dim=H)
 FEATURE_SETS = {
     "rotary-halves-part": dict(rotary=Rotary(rotary_dim=6, interleaved=False, scaling=Linear(2.0))),
     "window": dict(window_size=(5, 0)),
-    "all": dict(rotary=Rotary(), window_size=7, softcap=3.0, softmax_scale=0.3, use_qk_norm=True, use_out_bias=False),
+    "all": dict(
+        rotary=Rotary(),
+        window_size=7,
+        softcap=3.0,
+        softmax_scale=0.3,
+        use_qk_norm=True,
+        use_sinks=True,
+        use_out_bias=False,
+    ),
 }
 
 

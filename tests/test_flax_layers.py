@@ -135,6 +135,7 @@ FEATURE_SETS = {
             softcap=3.0,
             softmax_scale=0.3,
             use_qk_norm=True,
+            use_sinks=True,
             use_bias=False,
             use_out_bias=True,
         ),
@@ -196,6 +197,17 @@ def test_padding_by_lengths(kind, is_causal):
     by_mask, mask_grads = run(x, mask=linen.make_attention_mask(jnp.ones((B, T), bool), valid[..., 0], dtype=bool))
     assert_close(jnp.where(valid, out, 0), jnp.where(valid, by_mask, 0))
     assert_close(grads, mask_grads, 2e-4)
+
+
+@in_float32
+@BOTH
+def test_packed_segments(kind):
+    """A token sees its own segment alone."""
+    x, ids = inputs(), jnp.asarray(np.random.default_rng(0).integers(0, 3, (B, T)), jnp.int32)
+    params, apply = make(kind, x, **GROUPED)
+    same = (ids[:, :, None] == ids[:, None])[:, None]
+    run = jax.jit(functools.partial(apply, is_causal=True))
+    assert_close(run(params, x, q_segment_ids=ids), run(params, x, mask=same))
 
 
 @in_float32

@@ -70,6 +70,7 @@ void attend_to_row(const KvcacheParams& params, const Kernels& kernels, int32_t 
   forward.dtype = params.dtype;
   forward.shape = Shape{1, K, params.G, params.T, end - begin, H};
   forward.score = params.score;
+  if (params.sinks) forward.sinks = params.sinks + b * K * params.G;
   forward.band.left = params.left;
   forward.band.right = params.right;
   forward.q = static_cast<const char*>(q) + b * rows * H * size;
@@ -118,6 +119,7 @@ void kvcache(const KvcacheParams& params, Executor& executor, const Kernels& ker
   forward.band.right = params.right;
   forward.band.kv_lengths = lengths.data();
   forward.score = params.score;
+  forward.sinks = params.sinks;
   forward.q = q;
   forward.k = params.k_cache;
   forward.v = params.v_cache;

@@ -187,6 +187,7 @@ void attend_to_pages(const KvcacheParams& params, const Kernels& kernels, const 
   forward.dtype = params.dtype;
   forward.shape = Shape{params.B, params.K, params.G, params.T, kKeyUnit, params.H};
   forward.score = params.score;
+  forward.sinks = params.sinks;
   forward.q = q;
   forward.o = params.o;
   forward.lse = params.lse;

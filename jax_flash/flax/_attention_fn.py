@@ -42,6 +42,9 @@ def attention_fn(
     softmax_scale: float | None = None,
     q_lengths: jax.Array | None = None,
     kv_lengths: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
@@ -55,6 +58,8 @@ def attention_fn(
     key, value             (batch..., S, K, H), N a multiple of K
     mask                   broadcasts to (batch..., N, T, S); True or nonzero: the query sees the key
     q_lengths, kv_lengths  (batch...), integers
+    q_, kv_segment_ids     (batch..., T), (batch..., S), integers
+    sinks                  (N,)
     returns                (batch..., T, N, H)
     =====================  =====================================================================
 
@@ -85,6 +90,9 @@ def attention_fn(
       softmax_scale: what the products are multiplied by, default 1 / sqrt(H).
       q_lengths: the number of valid queries in each sequence; the output of the others is 0.
       kv_lengths: the number of valid keys in each sequence; the others are not seen.
+      q_segment_ids: of packed sequences: a query sees the keys of its segment alone, as in `jax_flash.attention`.
+      kv_segment_ids: those of the keys; default: q_segment_ids.
+      sinks: of each query head one score more, without a value, in its softmax.
 
     Returns:
       The attention's output, in the common dtype of query, key and value.
@@ -116,9 +124,13 @@ def attention_fn(
     query, key, value = (
         _validate.as_array(_NAME, name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
-    mask, q_lengths, kv_lengths = (
+    mask, q_lengths, kv_lengths, sinks = (
         x if x is None else _validate.as_array(_NAME, name, x)
-        for name, x in (("mask", mask), ("q_lengths", q_lengths), ("kv_lengths", kv_lengths))
+        for name, x in (("mask", mask), ("q_lengths", q_lengths), ("kv_lengths", kv_lengths), ("sinks", sinks))
+    )
+    q_segment_ids, kv_segment_ids = (
+        x if x is None else _validate.segment_ids(_NAME, name, x)
+        for name, x in (("q_segment_ids", q_segment_ids), ("kv_segment_ids", kv_segment_ids))
     )
     _check_ranks(query, key, value, mask)
     _check_lengths(query, q_lengths=q_lengths, kv_lengths=kv_lengths)
@@ -132,7 +144,9 @@ def attention_fn(
     if mask is not None:
         mask = mask if mask.dtype == jnp.bool_ else mask != 0
         arrays["mask"] = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
-    arrays |= {n: x for n, x in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)) if x is not None}
+    rest = {"q_lengths": q_lengths, "kv_lengths": kv_lengths, "sinks": sinks}
+    rest |= {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    arrays |= {name: x for name, x in rest.items() if x is not None}
     spec = _validate.make_spec(
         _NAME,
         query.shape[-1],
@@ -197,7 +211,7 @@ def _check_lengths(query, **lengths):
 def _attend(spec: Spec, arrays: dict[str, jax.Array]) -> jax.Array:
     """Batch axes beyond the first are vmapped rather than folded into one, so that each keeps its sharding."""
     if arrays["q"].ndim > 4:
-        axes: dict[str, int | None] = dict.fromkeys(arrays, 0)
+        axes: dict[str, int | None] = {name: None if name == "sinks" else 0 for name in arrays}
         if "mask" in arrays and arrays["mask"].shape[0] == 1:
             arrays, axes["mask"] = arrays | {"mask": arrays["mask"][0]}, None
         return jax.vmap(functools.partial(_attend, spec), in_axes=(axes,))(arrays)
@@ -208,4 +222,8 @@ def _attend(spec: Spec, arrays: dict[str, jax.Array]) -> jax.Array:
     for name in ("q_lengths", "kv_lengths"):
         if name in arrays:
             _validate.check_lengths(_NAME, name, arrays[name], q)
+    if "sinks" in arrays:
+        _validate.check_sinks(_NAME, arrays["sinks"], q)
+    if "q_segment_ids" in arrays or "kv_segment_ids" in arrays:
+        arrays = _validate.with_segment_ids(_NAME, arrays)
     return _call.attend(spec, arrays)[0]

@@ -27,6 +27,7 @@ class AxisNames:
     key's and value's    (embed, kv_heads, head_dim)
     out's kernel         (heads, head_dim, embed)
     a norm's scale       (head_dim,)
+    sinks                (heads,)
     contiguous cache     (batch, None, kv_heads, head_dim)
     paged cache          (None, None, kv_heads, head_dim)
     ===================  =======================================
@@ -76,6 +77,7 @@ class Projections(NamedTuple):
     out: Callable[[Array], Array]  # (..., T, N, H) to (..., T, features)
     query_norm: Callable[[Array], Array] | None
     key_norm: Callable[[Array], Array] | None
+    sinks: Array | None  # (N,)
 
 
 class Cache(NamedTuple):
@@ -126,6 +128,8 @@ def multi_head_attention(
     input_positions: Array | None,
     q_lengths: Array | None,
     kv_lengths: Array | None,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
     page_table: PageTable | None,
 ) -> tuple[Array, Cache | None]:
     """The layer's output, and the cache after it if there is one."""
@@ -136,6 +140,8 @@ def multi_head_attention(
     _check_inputs(options, inputs, input_positions)
     q_lengths, kv_lengths = (n if n is None else jnp.asarray(n) for n in (q_lengths, kv_lengths))
     if cache is not None:
+        if q_segment_ids is not None or kv_segment_ids is not None:
+            raise ValueError("MultiHeadAttention: segment ids are not for a cache, whose sequences are not packed")
         _check_decode(inputs_q, keys, cache, mask, q_lengths, kv_lengths, page_table)
         return _with_cache(options, projections, inputs, cache, input_positions, q_lengths, page_table)
     if page_table is not None:
@@ -149,6 +155,9 @@ def multi_head_attention(
         is_causal=is_causal,
         q_lengths=q_lengths,
         kv_lengths=kv_lengths,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        sinks=projections.sinks,
         window_size=options.window_size,
         softcap=options.softcap,
         softmax_scale=options.softmax_scale,
@@ -199,6 +208,7 @@ def _with_cache(options, projections, inputs, cache, positions, q_lengths, page_
         window_size=options.window_size,
         softcap=options.softcap,
         softmax_scale=options.softmax_scale,
+        sinks=projections.sinks,
     )
     new = T
     if q_lengths is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class MultiHeadAttention(linen.Module):
     softmax_scale: float | None = None
     use_qk_norm: bool = False
     norm_epsilon: float = 1e-6
+    use_sinks: bool = False
     use_bias: bool = True
     use_out_bias: bool | None = None
     dtype: jax.typing.DTypeLike | None = None
@@ -102,6 +103,8 @@ class MultiHeadAttention(linen.Module):
         input_positions: jax.Array | None = None,
         q_lengths: jax.Array | None = None,
         kv_lengths: jax.Array | None = None,
+        q_segment_ids: jax.Array | None = None,
+        kv_segment_ids: jax.Array | None = None,
         page_table: PageTable | None = None,
     ) -> jax.Array:
         """As `jax_flash.flax.nnx.MultiHeadAttention`'s."""
@@ -127,6 +130,8 @@ class MultiHeadAttention(linen.Module):
             input_positions=input_positions,
             q_lengths=q_lengths,
             kv_lengths=kv_lengths,
+            q_segment_ids=q_segment_ids,
+            kv_segment_ids=kv_segment_ids,
             page_table=page_table,
         )
         if variables is not None and after is not None:
@@ -172,7 +177,12 @@ class MultiHeadAttention(linen.Module):
             ),
             query_norm=norm("query_norm") if self.use_qk_norm else None,
             key_norm=norm("key_norm") if self.use_qk_norm else None,
+            sinks=self._sinks() if self.use_sinks else None,
         )
+
+    def _sinks(self) -> jax.Array:
+        init = _named(linen.initializers.zeros, self.axis_names and (self.axis_names.heads,))
+        return cast("jax.Array", self.param("sinks", init, (self.num_heads,), self.param_dtype))
 
     def _cache_variables(self, inputs, num_kv_heads, head_dim, page_table) -> _CacheVariables:
         """The fields of Cache as variables of the collection "cache"; cache_index is None if the cache is paged."""

@@ -38,9 +38,11 @@ class MultiHeadAttention(nnx.Module):
     mask                   broadcasts to (batch..., N, T, S); True: the query sees the key
     input_positions        (T,) or (batch..., T), integers
     q_lengths, kv_lengths  (batch...), integers
+    q_, kv_segment_ids     (batch..., T), (batch..., S), integers
     query.kernel           (in_features, N, head_dim)
     key, value.kernel      (in_kv_features, K, head_dim)
     out.kernel             (N, head_dim, out_features)
+    sinks                  (N,)
     cached_key, _value     (B, max_length, K, head_dim), or (num_pages, page_size, K, head_dim)
     cache_index            (B,) int32: the tokens that each sequence holds
     =====================  ===================================================================
@@ -65,6 +67,8 @@ class MultiHeadAttention(nnx.Module):
       use_qk_norm: RMS norms `query_norm` and `key_norm` over each head, before the rotary embedding, as in Qwen 3 and
         Gemma 3.
       norm_epsilon: of these norms.
+      use_sinks: a learnable score of each head in the softmax of all queries, which has no value, as in gpt-oss; it
+        begins at 0.
       use_bias: in all four projections.
       use_out_bias: in the last one, default use_bias.
       dtype: of the computation; default: the common type of inputs and parameters. The kernels want bfloat16 or
@@ -120,6 +124,7 @@ class MultiHeadAttention(nnx.Module):
         softmax_scale: float | None = None,
         use_qk_norm: bool = False,
         norm_epsilon: float = 1e-6,
+        use_sinks: bool = False,
         use_bias: bool = True,
         use_out_bias: bool | None = None,
         dtype: jax.typing.DTypeLike | None = None,
@@ -187,6 +192,8 @@ class MultiHeadAttention(nnx.Module):
             out_bias_init or bias_init,
             axis=(-2, -1),
         )
+        sinks_metadata = _metadata(axis_names and (axis_names.heads,))
+        self.sinks = nnx.Param(jnp.zeros(num_heads, param_dtype), **sinks_metadata) if use_sinks else nnx.data(None)
         self.cached_key: nnx.Cache[jax.Array] | None = nnx.data(None)
         self.cached_value: nnx.Cache[jax.Array] | None = nnx.data(None)
         self.cache_index: nnx.Cache[jax.Array] | None = nnx.data(None)
@@ -202,6 +209,8 @@ class MultiHeadAttention(nnx.Module):
         input_positions: jax.Array | None = None,
         q_lengths: jax.Array | None = None,
         kv_lengths: jax.Array | None = None,
+        q_segment_ids: jax.Array | None = None,
+        kv_segment_ids: jax.Array | None = None,
         decode: bool | None = None,
         page_table: PageTable | None = None,
         qkv_sharding=None,
@@ -224,6 +233,8 @@ class MultiHeadAttention(nnx.Module):
           q_lengths: how many queries of each sequence are valid; attention's output is 0 for the others. With a cache,
             the cache holds that many tokens more afterwards.
           kv_lengths: how many keys are valid; the others are never seen. In self-attention one of the two says both.
+          q_segment_ids: of packed sequences: a token sees those of its own segment alone; not with a cache.
+          kv_segment_ids: those of the keys; default: q_segment_ids.
           decode: default: as the layer was made.
           page_table: which pages belong to whom, if `init_paged_cache` made the cache; with room for the T tokens
             (`reserve`), which it does not count yet (`advance` it after the last layer).
@@ -251,6 +262,7 @@ class MultiHeadAttention(nnx.Module):
                 project(self.out, out_sharding),
                 self.query_norm,
                 self.key_norm,
+                None if self.sinks is None else self.sinks[...],
             ),
             inputs_q,
             inputs_k,
@@ -261,6 +273,8 @@ class MultiHeadAttention(nnx.Module):
             input_positions=input_positions,
             q_lengths=q_lengths,
             kv_lengths=kv_lengths,
+            q_segment_ids=q_segment_ids,
+            kv_segment_ids=kv_segment_ids,
             page_table=page_table,
         )
         if after is not None:

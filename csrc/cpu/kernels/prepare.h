@@ -77,6 +77,7 @@ static __attribute__((noinline)) void normalise_block(const BackwardParams& para
     float& weight = *row_weight(params, seq, row + r);
     weight = 1;
     if (!large(r) || !(s.state.sum[r] > 0)) continue;
+    if (params.sinks) add_sink(params.sinks[seq.head(row + r)], 0, state_at(s.state, r));
     weight = 1 / s.state.sum[r];
     statistics.reference[row + r] = s.state.max[r];
     statistics.delta[row + r] *= weight;

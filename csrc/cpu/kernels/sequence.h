@@ -24,9 +24,13 @@ struct Sequence {
   inline __attribute__((always_inline)) Rows<T> keys(const void* data) const {
     return {static_cast<const T*>(data) + (b * shape.S * shape.K + kh) * shape.H, shape.K * shape.H};
   }
+  // sinks: [B, K, G]
+  inline __attribute__((always_inline)) int64_t head(int64_t row) const {
+    return (b * shape.K + kh) * shape.G + row % shape.G;
+  }
   // lse, d_lse: [B, K, G, T]
   inline __attribute__((always_inline)) int64_t statistic(int64_t row) const {
-    return ((b * shape.K + kh) * shape.G + row % shape.G) * shape.T + row / shape.G;
+    return head(row) * shape.T + row / shape.G;
   }
   inline __attribute__((always_inline)) int32_t query(int64_t row) const { return static_cast<int32_t>(row / shape.G); }
   // Rows with a valid query.

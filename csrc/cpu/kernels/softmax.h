@@ -111,21 +111,38 @@ static __attribute__((noinline)) void softmax_strip(int64_t rows, Columns column
   }
 }
 
-// o and lse of n rows from row on, from their finished state. Rows without a valid query or a visible key are 0 and
-// -inf.
+// One score more, without a value, in a row's softmax.
+static inline void add_sink(float sink, int64_t cols, RowState state) {
+  const float score = sink * kLog2E;
+  if (score == -kInfinity) return;
+  if (state.sum[0] == 0) {  // the row sees no key
+    state.max[0] = score;
+    state.sum[0] = 1;
+    return zero_row(state.o, cols);
+  }
+  const float most = score > state.max[0] ? score : state.max[0];
+  const Vec factor = exp2(splat(state.max[0] - most));
+  state.sum[0] = state.sum[0] * factor[0] + exp2(splat(score - most))[0];
+  state.max[0] = most;
+  for (int64_t c = 0; c < cols; c += kLanes) store(state.o + c, load(state.o + c) * factor);
+}
+
+// o and lse of n rows from row on, from their finished state. Rows without a valid query are 0 and -inf, and so are
+// those without a visible key where there is no sink.
 template <class T>
 static inline void write_rows(const ForwardParams& params, const Sequence& seq, int64_t row, int64_t n,
                               RowState state) {
   const Rows<T> o = seq.queries<T>(params.o);
-  const int64_t valid = seq.valid_rows();
+  const int64_t valid = seq.valid_rows(), cols = round_up(seq.shape.H, kLanes);
   for (int64_t r = 0; r < n; ++r) {
+    if (params.sinks) add_sink(params.sinks[seq.head(row + r)], cols, state_at(state, r));
     T* out = const_cast<T*>(o[row + r]);
     float& lse = params.lse[seq.statistic(row + r)];
     if (row + r >= valid || state.sum[r] == 0) {
       zero_row(out, seq.shape.H);
       lse = -kInfinity;
     } else {
-      if (state.sum[r] < 1) keep_finite(state.o + r * state.ld, round_up(seq.shape.H, kLanes), state.sum[r]);
+      if (state.sum[r] < 1) keep_finite(state.o + r * state.ld, cols, state.sum[r]);
       store_row(out, state.o + r * state.ld, 1.0f / state.sum[r], seq.shape.H);
       lse = state.max[r] * kLn2 + __builtin_logf(state.sum[r]);
     }

@@ -68,6 +68,16 @@ struct ScoreTransform {
   }
 };
 
+// One score more, without a value, in the softmax of a row: what its output is multiplied by, and its LSE, natural log.
+__device__ __forceinline__ void add_sink(float sink, float& inverse, float& lse) {
+  if (sink == -infinity()) return;
+  const float most = fmaxf(lse, sink);
+  const float sum = ptx::ex2((lse - most) * kLog2e) + ptx::ex2((sink - most) * kLog2e);
+  const float with_sink = most + log2f(sum) * kLn2;
+  inverse *= ptx::ex2((lse - with_sink) * kLog2e);
+  lse = with_sink;
+}
+
 // acc[row of lane] *= factor[row]
 template <int kFloats>
 __device__ __forceinline__ void scale_rows(float (&acc)[kFloats], const float (&factor)[2]) {

@@ -73,6 +73,11 @@ struct SharedState {
   static constexpr int bytes(int warps) { return stage_bytes(warps) + static_cast<int>(sizeof(SharedState)); }
 };
 
+// exp2(from - to), 0 for nothing.
+__device__ __forceinline__ float rescale(float from, float to) {
+  return from == -infinity() ? 0.0f : ptx::ex2(from - to);
+}
+
 // Two neighbouring elements of the output of one query row, and the row's statistics.
 struct Pair {
   float2 o;
@@ -85,16 +90,21 @@ struct Pair {
     sum *= factor;
   }
 
+  // A score more, without a value; base 2, as the maximum.
+  __device__ __forceinline__ void add_sink(float score) {
+    if (score == -infinity()) return;
+    if (sum == 0.0f) o = make_float2(0, 0), maximum = -infinity();
+    const float most = fmaxf(maximum, score);
+    scale(rescale(maximum, most));
+    sum += ptx::ex2(score - most);
+    maximum = most;
+  }
+
   __device__ __forceinline__ void add(const Pair& other) {
     o.x += other.o.x, o.y += other.o.y;
     sum += other.sum;
   }
 };
-
-// exp2(from - to), 0 for nothing.
-__device__ __forceinline__ float rescale(float from, float to) {
-  return from == -infinity() ? 0.0f : ptx::ex2(from - to);
-}
 
 // Writes two elements of one row and, once a row, the LSE. `index`: of the row, t * G + g.
 template <class Config>
@@ -105,6 +115,7 @@ __device__ __forceinline__ void write_output(const KvcacheParams& params, int32_
   const int32_t t = query_of(params, index), g = index - t * G;
   const int64_t row = (static_cast<int64_t>(b) * params.T + t) * params.K * G + kh * G + g;
   Element* gO = static_cast<Element*>(params.o) + row * H;
+  if (params.sinks) pair.add_sink(params.sinks[(static_cast<int64_t>(b) * params.K + kh) * G + g] * kLog2e);
   const bool seen = pair.sum != 0.0f;  // true for NaN: what is not a number stays so
   const float inverse = 1.0f / pair.sum;
   // A choice and not a product where there is nothing: what was accumulated may be NaN.

@@ -114,6 +114,7 @@ cudaError_t prepare(const KvcacheParams& params, cudaStream_t stream, ForwardPar
   forward->band.right = params.right;
   forward->band.kv_lengths = reinterpret_cast<const int32_t*>(base);
   forward->score = params.score;
+  forward->sinks = params.sinks;
   forward->q = params.rotary.dim ? base + w.q : params.q;
   forward->k = w.copies_keys ? base + w.k : params.k_cache;
   forward->v = w.copies_keys ? base + w.v : params.v_cache;

@@ -277,6 +277,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   for (int m = 0; m < kTiles; ++m) {
     float inverse[2], lse[2];
     softmax[m].finish(transform.log2_scale, inverse, lse);
+    if (params.sinks) {
+      const float sink = params.sinks[target.linear_head];
+      add_sink(sink, inverse[0], lse[0]);
+      add_sink(sink, inverse[1], lse[1]);
+    }
     const int row = warp_row + 16 * m + lane / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

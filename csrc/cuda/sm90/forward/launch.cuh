@@ -30,6 +30,7 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
   a.queries = 64 / a.packed;
   a.heads = static_cast<int32_t>(N);
   a.o_stride = N * shape.H;
+  a.sinks = params.sinks;
   a.o = params.o;
   a.lse = params.lse;
 

@@ -21,12 +21,13 @@ struct ForwardArguments {
   BandParams band;
   ScoreTransform transform;
   ForwardSchedule schedule;
-  int32_t packed;    // query heads in the rows of a tile: 1, or G
-  int32_t queries;   // of a warpgroup: 64 / packed; row r is query r / packed of head r % packed
-  int32_t heads;     // N
-  int64_t o_stride;  // N * H
-  void* o;           // [B, T, N, H]
-  float* lse;        // [B, N, T], natural log
+  int32_t packed;      // query heads in the rows of a tile: 1, or G
+  int32_t queries;     // of a warpgroup: 64 / packed; row r is query r / packed of head r % packed
+  int32_t heads;       // N
+  int64_t o_stride;    // N * H
+  const float* sinks;  // [B, N] or null
+  void* o;             // [B, T, N, H]
+  float* lse;          // [B, N, T], natural log
 };
 
 // What a warpgroup has of its tile's walk: steps [begin, end) show its rows something, [full_begin, full_end)

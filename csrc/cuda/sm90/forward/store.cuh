@@ -45,6 +45,15 @@ struct RowTarget {
   }
 };
 
+// The sink of a row's head; -inf, which is none, for a row without a valid query.
+template <class Config>
+__device__ __forceinline__ float sink_of(const ForwardArguments& a, const ForwardShared<Config>& shared,
+                                         const ForwardWork& work, int32_t first_query, int row) {
+  const int32_t i = first_query + shared.row_query[row];
+  if (!a.sinks || i < 0 || i >= work.band.T) return -infinity();
+  return a.sinks[work.tile.batch * a.heads + work.tile.head * a.packed + shared.row_head[row]];
+}
+
 template <class Config>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, const ForwardShared<Config>& shared,
                                              const ForwardWork& work, int32_t first_query, int row0,
@@ -53,6 +62,10 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
   const int32_t H = static_cast<int32_t>(a.shape.H);
   float inverse[2], lse[2];
   softmax.finish(inverse, lse);
+  if (a.sinks) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) add_sink(sink_of(a, shared, work, first_query, row0 + 8 * r), inverse[r], lse[r]);
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const RowTarget row(a, shared, work, first_query, row0 + 8 * r);
@@ -71,7 +84,9 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
         *reinterpret_cast<uint4*>(gO + column) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
-    if (row.exists && lane % 4 == 0) a.lse[row.lse] = row.seen ? lse[r] : -infinity();
+    if (row.exists && lane % 4 == 0) {
+      a.lse[row.lse] = row.seen ? lse[r] : sink_of(a, shared, work, first_query, row0 + 8 * r);
+    }
   }
 }
 
@@ -86,7 +101,7 @@ __device__ __forceinline__ void store_nothing(const ForwardArguments& a, const F
     for (int column = 8 * (lane % 4); column < a.shape.H; column += 32) {
       *reinterpret_cast<uint4*>(gO + column) = make_uint4(0, 0, 0, 0);
     }
-    if (lane % 4 == 0) a.lse[row.lse] = -infinity();
+    if (lane % 4 == 0) a.lse[row.lse] = sink_of(a, shared, work, first_query, row0 + 8 * r);
   }
 }
 

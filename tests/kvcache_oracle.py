@@ -151,7 +151,7 @@ def oracle(case: Case, a: dict[str, np.ndarray]):
         end = min(length + T_new, len(place))
         start = max(0, int(a["cache_leftpad"][b])) if "cache_leftpad" in a else 0
         for t in range(T):
-            local = case.causal or case.window is not None
+            local = left >= 0 or right >= 0
             q = turned(a["q"][b, t], length + (t if local else 0))
             seen = [
                 place[j]

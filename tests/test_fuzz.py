@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import Meaning, attend, visible
+from attention_oracle import Meaning, attend, valid, visible
 from cases import Case
 from compare import close_lse, within
 from hypothesis import given
@@ -37,6 +37,7 @@ JAX_NN = dict(
     q_lengths="query_seq_lengths",
     kv_lengths="key_value_seq_lengths",
 )
+DIFFERENTIABLE = ("q", "k", "v", "sinks")
 # From small sets, so that many calls share a compiled program.
 SIZES = [(5, 7), (1, 40), (17, 3), (70, 130), (33, 33), (0, 4), (4, 0), (1, 1)]
 HEADS = [(1, 1), (4, 2), (3, 1), (2, 2), (0, 0)]
@@ -68,6 +69,8 @@ def cases(draw, platform):
         mask=mask,
         q_lengths=draw(lengths),
         kv_lengths=draw(lengths),
+        segments=draw(st.sampled_from([None, None, None, 0, 2])),
+        sinks=draw(st.sampled_from([None, None, None, 1.0])),
     )
 
 
@@ -100,7 +103,7 @@ def exact_and_rough(case, meaning, arrays, cotangents):
     extras = {name: x for name, x in arrays.items() if name not in "qkv"}
     cotangents = [np.where(np.isfinite(x), np.asarray(x, np.float32), 0) for x in cotangents]
     return [
-        {"out": out, "lse": lse, **dict(zip("qkv", gradients, strict=True))}
+        {"out": out, "lse": lse, **dict(zip(DIFFERENTIABLE, gradients, strict=True))}
         for (out, lse), gradients in (
             attend(case, meaning, qkv, extras, cotangents),
             attend(case, meaning, qkv, extras, cotangents, rounded),
@@ -119,7 +122,7 @@ def deviations(case, meaning, results):
     pairs = [*results, exact_and_rough(more, meaning, *arrays_of(more, 100, np.int64, poison=False))]
     return {
         name: max(np.abs(exact[name] - rough[name]).max(initial=0) for exact, rough in pairs)
-        for name in ("out", *"qkv")
+        for name in ("out", *DIFFERENTIABLE)
     }
 
 
@@ -143,7 +146,7 @@ def public(function, case, batchless):
 
     def run(arrays):
         if batchless:
-            arrays = {name: x if name == "mask" and x.ndim < 4 else x[0] for name, x in arrays.items()}
+            arrays = {n: x if n == "sinks" or (n == "mask" and x.ndim < 4) else x[0] for n, x in arrays.items()}
         keywords = {names.get(name, name): x for name, x in (arrays | options).items() if name not in "qkv"}
         outs = call(*(arrays[name] for name in "qkv"), **keywords)
         out, lse = outs if isinstance(outs, tuple) else (outs, None)
@@ -158,7 +161,7 @@ def test_attention(function, platform, data):
     case = data.draw(cases(platform), "case")
     meaning = MEANINGS[function]
     if function == "dot_product_attention":
-        case = dataclasses.replace(case, softcap=None)
+        case = dataclasses.replace(case, softcap=None, segments=None, sinks=None)
     batchless = case.B == 1 and data.draw(st.booleans(), "batchless")
     if batchless and function == "dot_product_attention":
         case = dataclasses.replace(case, q_lengths=None, kv_lengths=None)
@@ -187,7 +190,8 @@ def test_attention(function, platform, data):
         if poison and platform == "cpu":  # whatever the cotangents of rows that see nothing are
             extras = {name: x for name, x in arrays.items() if name not in "qkv"}
             unseen = ~visible(case, extras, meaning.top_left).any(-1)
-            cotangents[0][unseen.swapaxes(1, 2)], cotangents[1][unseen] = np.inf, np.nan
+            cotangents[0][unseen.swapaxes(1, 2)] = np.inf
+            cotangents[1][unseen if "sinks" not in names else ~valid(case, extras)] = np.nan
         examples[index] = arrays, cotangents
         expected[index] = exact_and_rough(case, meaning, arrays, cotangents)
     allowed = deviations(case, meaning, expected.values())
@@ -205,8 +209,8 @@ def test_attention(function, platform, data):
         return jnp.asarray(np.stack(picked).reshape(*lead, *picked[0].shape)) if lead else picked[0]
 
     inputs = {name: stacked(name) for name in names}
-    rest = {name: x for name, x in inputs.items() if name not in "qkv"}
-    (out, lse), pull = jax.vjp(lambda qkv: run(qkv | rest), {name: jnp.asarray(inputs[name]) for name in "qkv"})
+    floats = {name: jnp.asarray(inputs.pop(name)) for name in DIFFERENTIABLE if name in inputs}
+    (out, lse), pull = jax.vjp(lambda floats: run(floats | inputs), floats)
 
     def over(what):
         return np.stack([what(i) for i in indices]).reshape(*sizes, *what(indices[0]).shape)
@@ -223,8 +227,8 @@ def test_attention(function, platform, data):
         exact, rough = (over(lambda i, at=at, name=name: expected[i][at][name]) for at in range(2))
         for at, level in reversed(list(enumerate(levels))):
             if name not in level:  # each vmap sums what its examples share
-                exact, rough = exact.sum(at), rounded_to(case.dtype, rough.sum(at))
-        assert gradient.dtype == case.dtype
+                exact, rough = exact.sum(at), rounded_to(gradient.dtype, rough.sum(at))
+        assert gradient.dtype == floats[name].dtype
         within(f"d{name}", gradient, exact, max(allowed[name], np.abs(exact - rough).max(initial=0)), 3.0)
     forget_programs()
 
@@ -265,6 +269,7 @@ def cache_cases(draw, platform):
         softcap=draw(st.sampled_from([None, None, 2.0])),
         scale=draw(st.sampled_from([None, None, 1.0, -0.5])),
         splits=draw(st.sampled_from([None, 1, 3])),
+        sinks=draw(st.sampled_from([False, False, True])),
         leftpad=draw(st.booleans()),
         batch_index=batch_index,
         holes=draw(st.booleans()) if page and B and S else False,

@@ -49,8 +49,11 @@ def _attend_backward(spec: Spec, residuals, cotangents):
     if "sinks" not in residuals:
         results = _primitive.bind("backward", spec, arrays)
     else:
-        # The kernels know rows that see no key, whose cotangents may be anything, by a log-sum-exp of -inf.
-        unseen = (arrays["lse"] == arrays["sinks"][..., None]) & _per_query(jnp.all(arrays["o"] == 0, axis=-1))
+        # The kernels know rows that see no key, whose cotangents may be anything, by a log-sum-exp of -inf. These have
+        # that of the sink alone, but for the kernels' rounding, and an output of zeros.
+        sink = arrays["sinks"][..., None]
+        unseen = arrays["lse"] <= sink + 1e-6 * (1 + jnp.abs(sink))
+        unseen &= _per_query(jnp.all(arrays["o"] == 0, axis=-1))
         results = _primitive.bind("backward", spec, arrays | {"lse": jnp.where(unseen, -jnp.inf, arrays["lse"])})
         results["dsinks"] = _sinks_gradient(arrays, unseen)
     results["dq"] = merge_heads("dq", results["dq"])

@@ -68,7 +68,8 @@ def attention(
     policies the output is named "jax_flash_out" and the log-sum-exp "jax_flash_lse"; with both saved, the backward pass
     does not run the forward kernel again. `jax.export` needs
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` for the names "jax_flash_forward" and
-    "jax_flash_backward".
+    "jax_flash_backward". `jax_debug_infs` reports a query that sees no key, whose log-sum-exp is -inf, in calls outside
+    of jit, and where jit returns the log-sum-exp.
 
     Args:
       q: the queries.

@@ -93,15 +93,16 @@ def _lse_of_nothing(q, arrays):
     lse = jnp.full_like(q[..., 0].swapaxes(1, 2), -jnp.inf, dtype=jnp.float32)
     if "sinks" not in arrays:
         return lse
-    i = jnp.arange(q.shape[1], dtype=jnp.int32)
+    i = jnp.arange(q.shape[1], dtype=jnp.int32)[None, None]
     valid = i < _validate.int32(arrays["q_lengths"])[:, None, None] if "q_lengths" in arrays else i >= 0
-    return jnp.where(valid, arrays["sinks"].astype(jnp.float32)[:, None], lse)
+    return jnp.where(valid, arrays["sinks"].astype(jnp.float32)[None, :, None], lse)
 
 
 def _spread_sinks(sinks, q, k):
     """(N,) to (B, K, G)."""
-    N, K = q.shape[2], k.shape[2]
-    spread = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, N // K), (q.shape[0], K, N // K))
+    K = k.shape[2]
+    G = q.shape[2] // K if K else 1
+    spread = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, G), (q.shape[0], K, G))
     return _sharding.split_like(q, spread, heads=True)
 
 

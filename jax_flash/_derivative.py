@@ -19,7 +19,15 @@ def _attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     return merge_heads("o", results["o"]), merge_heads("lse", results["lse"])
 
 
-attend = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+def attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`_attend` with its derivative."""
+    for name, x in operands.items():
+        if TABLE[name].gradient:
+            operands = operands | {name: _primitive.reverse_mode_p.bind(x, tangent=False)}
+    return _differentiable(spec, operands)
+
+
+_differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
 def _attend_forward(spec: Spec, operands):
@@ -40,17 +48,29 @@ def _attend_backward(spec: Spec, residuals, cotangents):
     per_head = ("q", "o", "do", "lse", "dlse")
     K = _kv_heads(residuals)
     arrays |= {name: split_heads(name, arrays[name], K) for name in per_head if name in arrays}
-    results = _primitive.bind("backward", spec, arrays)
+    if "sinks" not in residuals:
+        results = _primitive.bind("backward", spec, arrays)
+    else:
+        # The kernels know rows that see no key, whose cotangents may be anything, by a log-sum-exp of -inf. These have
+        # that of the sink alone, but for the kernels' rounding, and an output of zeros.
+        sink = arrays["sinks"][..., None]
+        unseen = arrays["lse"] <= sink + 1e-6 * (1 + jnp.abs(sink))
+        unseen &= _per_query(jnp.all(arrays["o"] == 0, axis=-1))
+        results = _primitive.bind("backward", spec, arrays | {"lse": jnp.where(unseen, -jnp.inf, arrays["lse"])})
+        results["dsinks"] = _sinks_gradient(arrays, unseen)
     results["dq"] = merge_heads("dq", results["dq"])
-    if "sinks" in residuals:
-        results["dsinks"] = _sinks_gradient(arrays)
     return ({name: results.get(TABLE[name].gradient) for name in residuals if name not in ("o", "lse")},)
 
 
-def _sinks_gradient(arrays) -> jax.Array:
+def _per_query(x) -> jax.Array:
+    """(B, T, K, G) as the log-sum-exp lies, (B, K, G, T)."""
+    return jnp.moveaxis(x, 1, -1)
+
+
+def _sinks_gradient(arrays, unseen) -> jax.Array:
     """A sink has a probability and no value: what the softmax's other derivatives leave is all that there is."""
     products = arrays["o"].astype(jnp.float32) * arrays["do"].astype(jnp.float32)
-    delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, -1)  # (B, K, G, T)
+    delta = jnp.where(unseen, 0.0, _per_query(jnp.sum(products, axis=-1)))
     if "dlse" in arrays:
         delta = delta - arrays["dlse"]
     has_sink = arrays["lse"] != -jnp.inf  # not queries past their length, whose cotangents may be anything
@@ -62,4 +82,4 @@ def _kv_heads(operands) -> int:
     return operands["k"].shape[2]
 
 
-attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+_differentiable.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

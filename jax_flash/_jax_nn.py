@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Literal
 
 import jax
@@ -106,7 +105,8 @@ def dot_product_attention(
         q.shape[-1],
         softmax_scale=scale,
         causal=is_causal,
-        window_size=_window(local_window_size),
+        window_size=local_window_size,
+        least_window=0,
         top_left=True,
         names={"softmax_scale": "scale", "causal": "is_causal", "window_size": "local_window_size"},
     )
@@ -135,19 +135,11 @@ def _mean_where_unseen(spec: Spec, arrays: dict[str, jax.Array], out, lse):
     if q.ndim == 4:
         (v,) = _sharding.split_like_queries(q, v)
     K = v.shape[-2]
-    mean = jnp.mean(v, axis=-3, dtype=jnp.float32).astype(out.dtype)
-    per_group = (*out.shape[:-2], K, out.shape[-2] // K)
-    out = jnp.where(
-        unseen.reshape(*per_group, 1), jnp.expand_dims(mean, (-4, -2)), out.reshape(*per_group, out.shape[-1])
-    )
-    return out.reshape(q.shape)
-
-
-def _window(local_window_size):
-    sides = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size,)
-    if any(isinstance(side, numbers.Integral) and side < 0 for side in sides):
-        raise ValueError(f"{_NAME}: local_window_size must not be negative; got {local_window_size!r}")
-    return local_window_size
+    out = out.reshape(*out.shape[:-2], K, out.shape[-2] // K, out.shape[-1])
+    # Cast where it is as large as the output, so that its gradient, a sum over the queries, is summed in float32.
+    mean = jnp.expand_dims(jnp.mean(v, axis=-3, dtype=jnp.float32), (-4, -2))
+    mean = jnp.broadcast_to(mean, out.shape).astype(out.dtype)
+    return jnp.where(unseen.reshape(*out.shape[:-1], 1), mean, out).reshape(q.shape)
 
 
 def _lengths(name: str, lengths, q):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import ShapedArray
 
 from jax_flash._ffi import _native
-from jax_flash._operands import sizes
+from jax_flash._operands import PUBLIC_NAMES, sizes
 from jax_flash._spec import Spec
 
 _UNKNOWN = np.iinfo(np.int64).max
@@ -24,15 +24,16 @@ def dtypes(call: str, cuda: bool) -> set[str]:
 
 def check_cuda(call: str, q: ShapedArray) -> None:
     """Refuses a call that is lowered for CUDA and has no kernel there."""
+    function = PUBLIC_NAMES[call]
     if not _native.build_info()["cuda_architectures"]:
         raise NotImplementedError(
-            "attention: this jax_flash was built without its CUDA kernels. Install nvcc and reinstall with "
+            f"{function}: this jax_flash was built without its CUDA kernels. Install nvcc and reinstall with "
             "`pip install . -C cmake.define.JAX_FLASH_CUDA=ON`, or run on the CPU with jax.default_device"
         )
     if q.dtype.name not in dtypes(call, cuda=True):
         raise NotImplementedError(
-            f"attention: {q.dtype.name} has no CUDA kernel; got q {q.dtype.name}{q.shape}. Cast q, k and v to bfloat16 "
-            "or float16, or run on the CPU with jax.default_device(jax.devices('cpu')[0])"
+            f"{function}: {q.dtype.name} has no CUDA kernel; got q {q.dtype.name}{q.shape}. Cast all arrays to "
+            "bfloat16 or float16, or run on the CPU with jax.default_device(jax.devices('cpu')[0])"
         )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from jax_flash._ffi import _native
 
 CALLS = ("forward", "backward", "kvcache")
+# What messages call them.
+PUBLIC_NAMES = {"forward": "attention", "backward": "attention", "kvcache": "flash_attn_with_kvcache"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,6 +126,25 @@ def _refuse_gradient(primals, tangents, *, call: str, **_):
     )
 
 
+def _reverse_mode_jvp(primals, tangents, *, tangent: bool):
+    (x,), (dx,) = primals, tangents
+    out = reverse_mode_p.bind(x, tangent=tangent)
+    return out, dx if isinstance(dx, ad.Zero) else reverse_mode_p.bind(dx, tangent=True)
+
+
+def _reverse_mode_batch(args, dims, *, tangent: bool):
+    return reverse_mode_p.bind(_reverse_mode_value(*args, tangent=tangent), tangent=tangent), dims[0]
+
+
+def _reverse_mode_value(x, *, tangent: bool):
+    if tangent:  # reverse mode transposes it, and so never comes here
+        raise NotImplementedError(
+            "attention has reverse-mode derivatives of first order, and no forward mode (jvp, jacfwd, linearize, "
+            "hessian). Use grad, vjp or jacrev, or jax_flash.reference.attention for these"
+        )
+    return x
+
+
 # Lowering.
 
 
@@ -301,6 +320,16 @@ def _make_primitive(call: str) -> Primitive:
 
 
 _PRIMITIVES = {call: _make_primitive(call) for call in CALLS}
+
+# What attention's derivative rule differentiates passes through it. A custom_vjp refuses forward mode by itself, but
+# does not say what there is instead.
+reverse_mode_p = Primitive("attention_reverse_mode")
+reverse_mode_p.def_impl(_reverse_mode_value)
+reverse_mode_p.def_abstract_eval(lambda x, **_: x)
+batching.primitive_batchers[reverse_mode_p] = _reverse_mode_batch
+ad.primitive_jvps[reverse_mode_p] = _reverse_mode_jvp
+ad.primitive_transposes[reverse_mode_p] = lambda cotangent, *_, **__: [cotangent]
+mlir.register_lowering(reverse_mode_p, lambda _, x, **params: [_reverse_mode_value(x, **params)])
 
 call_p = Primitive("attention_call")
 call_p.multiple_results = True

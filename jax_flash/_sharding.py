@@ -82,8 +82,8 @@ def split_like_queries(q, *keys) -> tuple[jax.Array, ...]:
         return keys
     if shards % K != 0:
         raise NotImplementedError(
-            f"attention: heads split over {shards} devices need a number of KV heads that divides it or is divided by "
-            f"it; got K={K}. Reshard q, k and v with jax.sharding.reshard"
+            f"on explicit mesh axes, heads split over {shards} devices need a number of KV heads that divides it or is "
+            f"divided by it; got K={K}. Reshard the queries, keys and values with jax.sharding.reshard"
         )
 
     def repeat(x):

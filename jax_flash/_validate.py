@@ -25,10 +25,10 @@ _FLOAT32 = np.finfo(np.float32)
 
 
 def as_array(function: str, name: str, x) -> jax.Array:
-    """x as a JAX array, if it is an array; lists and scalars are refused, since they are usually a slip."""
-    if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
+    """x as a JAX array, if it is an array; lists and Python's numbers are refused, since they are usually a slip."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "iu":
         x = np.asarray(_saturated(x, np))  # before JAX cuts off what 32 bits do not hold
-    if isinstance(x, (jax.Array, np.ndarray)) or hasattr(x, "__jax_array__"):
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)) or hasattr(x, "__jax_array__"):
         return jnp.asarray(x)
     raise ValueError(f"{function}: {name} must be a JAX or NumPy array; got {type(x).__name__}")
 
@@ -183,11 +183,15 @@ def make_spec(
     softcap=None,
     top_left=False,
     names: dict[str, str] | None = None,
+    least_window: int = -1,
     **options,
 ) -> Spec:
-    """The static description of a call, from the public arguments; names: what the public function calls them."""
+    """The static description of a call, from the public arguments.
+
+    names: what the public function calls them. least_window: 0 where -1 is not a window without limit.
+    """
     name = {"softmax_scale": "softmax_scale", "causal": "causal", "window_size": "window_size"} | (names or {})
-    left, right = window(function, window_size, name["window_size"])
+    left, right = window(function, window_size, name["window_size"], least_window)
     if static_bool(function, name["causal"], causal):
         right = 0 if right is None else min(right, 0)
     scale = H**-0.5 if softmax_scale is None else _number(function, name["softmax_scale"], softmax_scale)
@@ -236,9 +240,13 @@ def _number(function: str, name: str, value) -> float:
         value = float(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise ValueError(f"{function}: {name} must be a number; got {value!r}")
-    if not math.isfinite(value) or abs(float(value)) > float(_FLOAT32.max):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer
+        number = math.inf
+    if not abs(number) <= float(_FLOAT32.max):  # nor NaN
         raise ValueError(f"{function}: {name} must be finite in float32, or None; got {value!r}")
-    return float(value)
+    return number
 
 
 def static_bool(function: str, name: str, value) -> bool:
@@ -248,14 +256,15 @@ def static_bool(function: str, name: str, value) -> bool:
     return bool(value)
 
 
-def window(function: str, window_size, name: str = "window_size") -> tuple[int | None, int | None]:
+def window(function: str, window_size, name: str = "window_size", least: int = -1) -> tuple[int | None, int | None]:
     """The two sides, None where there is no limit."""
-    wanted = f"{name} must be (left, right) or one int for both, each at least 0, or None or -1 for no limit"
+    unlimited = "None or -1" if least == -1 else "None"
+    wanted = f"{name} must be (left, right) or one int for both, each at least 0, or {unlimited} for no limit"
     sides = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
     for side in sides:
         static(function, name, side)
     integers = all(s is None or (isinstance(s, numbers.Integral) and not isinstance(s, bool)) for s in sides)
-    if len(sides) != 2 or not integers or any(s is not None and s < -1 for s in sides):
+    if len(sides) != 2 or not integers or any(s is not None and s < least for s in sides):
         raise ValueError(f"{function}: {wanted}; got {window_size!r}")
     left, right = (None if s is None or s == -1 or s > MAX_LENGTH else int(s) for s in sides)
     return left, right

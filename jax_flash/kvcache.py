@@ -74,8 +74,9 @@ def flash_attn_with_kvcache(
     NaN or infinity do what they do in `attention`. Two sequences may share pages that neither of them writes to.
 
     It works under jit, vmap, scan, while_loop and shard_map, and under jit on a mesh of devices runs on its own part
-    of the batch and of the KV heads (contiguous caches without cache_batch_idx; use jax.shard_map for the others). It
-    has no derivatives.
+    of the batch and of the KV heads (contiguous caches without cache_batch_idx; use jax.shard_map for the others).
+    `jax.export` needs `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jax_flash_kvcache")]`. It has no
+    derivatives.
 
     Args:
       q: the queries.
@@ -159,10 +160,9 @@ def flash_attn_with_kvcache(
 def _lengths(cache_seqlens, q) -> jax.Array:
     if isinstance(cache_seqlens, numbers.Integral) and not isinstance(cache_seqlens, bool):
         cache_seqlens = np.array(max(min(int(cache_seqlens), 2**62), -(2**62)))
-    if isinstance(cache_seqlens, (list, tuple)):
+    if not (isinstance(cache_seqlens, (jax.Array, np.ndarray)) or hasattr(cache_seqlens, "__jax_array__")):
         raise ValueError(
-            f"{_NAME}: cache_seqlens must be an array (B,), or one integer for all sequences; got "
-            f"{type(cache_seqlens).__name__}"
+            f"{_NAME}: cache_seqlens must be an array (B,), or one integer for all sequences; got {cache_seqlens!r}"
         )
     cache_seqlens = _validate.as_array(_NAME, "cache_seqlens", cache_seqlens)
     if cache_seqlens.ndim == 0 and q.ndim == 4:
@@ -192,6 +192,13 @@ def _check(a: dict[str, jax.Array]) -> None:
         fail("q must be (B, T, N, H), k_cache and v_cache (B, S, K, H) or (num_pages, page_size, K, H)", *main)
     if k_cache.shape != v_cache.shape:
         fail("k_cache and v_cache must have one shape", *main)
+    if k_cache.dtype == v_cache.dtype != q.dtype and k_cache.dtype.itemsize == 1:
+        fail(
+            "quantised caches have no kernel yet: keep them in the dtype of q, or convert them before the call with "
+            "x.astype(q.dtype) * scale",
+            *main,
+            kind=NotImplementedError,
+        )
     T, H = q.shape[1], q.shape[3]
     rows, S, K, _ = k_cache.shape
     # All that holds for attention() holds here, but for the caches' own batch size.
@@ -215,11 +222,16 @@ def _check(a: dict[str, jax.Array]) -> None:
         if name in a:
             _validate.check_lengths(_NAME, name, a[name], q)
     if "block_table" in a:
+        if "cache_batch_idx" in a:
+            fail(
+                "block_table and cache_batch_idx exclude each other: the rows of a block table are those of q",
+                "q",
+                "block_table",
+                "cache_batch_idx",
+            )
         table = a["block_table"]
         if table.ndim != 2 or table.shape[0] != q.shape[0] or not jnp.issubdtype(table.dtype, jnp.integer):
             fail(f"block_table must be integers (B, max_pages) = ({q.shape[0]}, max_pages)", "q", "block_table")
-        if "cache_batch_idx" in a:
-            fail("block_table and cache_batch_idx exclude each other", "block_table", "cache_batch_idx")
         if isinstance(S, int) and S % 8 != 0:
             fail(f"the page size must be a multiple of 8, not {S}", *main, "block_table")
         if isinstance(S * table.shape[1], int) and S * table.shape[1] > _validate.MAX_LENGTH:

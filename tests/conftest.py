@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before any backend starts, so that meshes of CPU devices exist beside whatever the default device is.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -15,6 +16,13 @@ if not pathlib.Path("/dev/nvidiactl").exists():
     # one, nor for libraries that only running needs.
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+
+
+# What random calls there are: the same few in every run, or by --hypothesis-profile=night as many others.
+_RANDOM = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("few", max_examples=80, derandomize=True, database=None, **_RANDOM)
+settings.register_profile("night", max_examples=100_000, print_blob=True, **_RANDOM)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")

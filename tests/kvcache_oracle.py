@@ -68,7 +68,9 @@ class Case:
         pages = -(-self.S // self.page) if self.page else 0
         rows, length = (self.B * pages + 3, self.page) if self.page else (self.B + self.extra_rows, self.S)
         a["k_cache"], a["v_cache"] = normal(rows, length, self.K, self.H), normal(rows, length, self.K, self.H)
-        lengths = self.lengths or tuple(rng.integers(0, self.S - self.T_new + 1, self.B))
+        lengths = self.lengths
+        if lengths is None:
+            lengths = tuple(rng.integers(0, self.S - self.T_new + 1, self.B))
         a["cache_seqlens"] = np.array(lengths, np.int32)
         if self.page:
             a["block_table"] = rng.permutation(rows)[: self.B * pages].reshape(self.B, pages).astype(np.int32)
@@ -120,7 +122,7 @@ def oracle(case: Case, a: dict[str, np.ndarray]):
     """(out, lse, k_cache, v_cache): float32 all through, but for the rounding of what is rotated or stored."""
     dtype = a["q"].dtype
     B, T, N, H = a["q"].shape
-    G = N // a["k_cache"].shape[2]
+    G = N // max(1, a["k_cache"].shape[2])
     k_cache, v_cache = a["k_cache"].copy(), a["v_cache"].copy()
     sinks = a.get("sinks", np.full(N, -np.inf, np.float32))
     out, lse = np.zeros((B, T, N, H), np.float32), np.broadcast_to(sinks[:, None], (B, N, T)).copy()
@@ -149,7 +151,7 @@ def oracle(case: Case, a: dict[str, np.ndarray]):
         end = min(length + T_new, len(place))
         start = max(0, int(a["cache_leftpad"][b])) if "cache_leftpad" in a else 0
         for t in range(T):
-            local = case.causal or case.window is not None
+            local = left >= 0 or right >= 0
             q = turned(a["q"][b, t], length + (t if local else 0))
             seen = [
                 place[j]

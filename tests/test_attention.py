@@ -10,6 +10,7 @@ from cases import CASES, F32, FEW, Case
 from compare import check, close, run_reference
 
 import jax_flash
+from jax_flash import reference
 
 
 def skip_without_kernel(case, platform):
@@ -122,6 +123,39 @@ def test_empty(sizes, dtype):
         assert g.shape == x.shape and not np.asarray(g).any()
     text = jax.jit(jax_flash.attention).lower(*qkv.values()).as_text()
     assert "jax_flash_forward" not in text
+
+
+EMPTY = {
+    "causal": lambda B, T, S, N: dict(causal=True),
+    "window": lambda B, T, S, N: dict(window_size=(2, 1)),
+    "mask": lambda B, T, S, N: dict(mask=jnp.ones((B, N, T, S), bool)),
+    "broadcast-mask": lambda B, T, S, N: dict(mask=jnp.ones((B, 1, T, S), bool)),
+    "lengths": lambda B, T, S, N: dict(q_lengths=jnp.ones(B, int), kv_lengths=jnp.ones(B, int)),
+}
+
+
+@pytest.mark.parametrize("option", EMPTY)
+@pytest.mark.parametrize("B, T, S, N", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)])
+def test_empty_with_every_option(B, T, S, N, option, dtype):
+    """Of all functions of q, k and v, and of the reference: no NaN, no error, and gradients of the right shapes."""
+    q, k = jnp.ones((B, T, N, 8), dtype), jnp.ones((B, S, min(N, 2), 8), dtype)
+    options = EMPTY[option](B, T, S, N)
+    as_jax_nn = dict(
+        causal="is_causal",
+        window_size="local_window_size",
+        q_lengths="query_seq_lengths",
+        kv_lengths="key_value_seq_lengths",
+    )
+    calls = {
+        jax_flash.attention: options,
+        reference.attention: options,
+        jax_flash.dot_product_attention: {as_jax_nn.get(name, name): x for name, x in options.items()},
+    }
+    for function, arguments in calls.items():
+        out, pull = jax.vjp(functools.partial(function, **arguments), q, k, k)
+        assert out.shape == q.shape and not np.asarray(out).any()
+        for x, gradient in zip((q, k, k), pull(out + 1), strict=True):
+            assert gradient.shape == x.shape and not np.asarray(gradient).any()
 
 
 def test_without_batch_axis(dtype):

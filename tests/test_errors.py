@@ -23,7 +23,7 @@ SHAPES = [
     (dict(k=(2, 12, 3, 64)), ValueError, "N=4 must be a multiple .* K=3"),
     (dict(k=(2, 12, 0, 64)), ValueError, "N=4 must be a multiple .* K=0"),
     (dict(k=(2, 12, 2, 32)), ValueError, "q and k must share head dim H"),
-    (dict(v=(2, 12, 2, 32)), NotImplementedError, "Pad the smaller"),
+    (dict(v=(2, 12, 2, 32)), NotImplementedError, r"Pad the smaller .* q and k, whose .* give the scale H\*\*-0\.5"),
     (dict(q=(2, 8, 4, 0), k=(2, 12, 2, 0)), ValueError, "at least 1"),
     (dict(q=(2, 8, 4, 257), k=(2, 12, 2, 257)), NotImplementedError, "at most 256"),
     (dict(k=(12, 2, 64)), ValueError, r"\(B, T, N, H\)"),

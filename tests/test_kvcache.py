@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -304,6 +305,19 @@ BAD = {
     ),
     "table_shape": (dict(block_table=np.zeros((2, 2), np.int32)), "block_table must be"),
     "table_and_index": (dict(block_table=np.zeros((3, 2), np.int32), cache_batch_idx=np.zeros(3, np.int32)), "exclude"),
+    "table_of_rows_and_index": (
+        dict(block_table=np.zeros((5, 2), np.int32), cache_batch_idx=np.zeros(3, np.int32)),
+        "exclude each other: the rows of a block table are those of q",
+    ),
+    "list_of_lengths": (
+        dict(cache_seqlens=[0]),
+        r"cache_seqlens must be an array \(B,\), or one integer .*; got \[0\]",
+    ),
+    "head_dim_of_cache": (dict(k_cache=(3, 200, 2, 32), v_cache=(3, 200, 2, 32)), "q and k_cache must share head dim"),
+    "dtype_of_cache": (
+        dict(k_cache=np.zeros((3, 200, 2, 64), np.float16)),
+        "q, k_cache and v_cache must have one dtype",
+    ),
     "cos_alone": (dict(rotary_cos=np.ones((200, 16), np.float32)), "go together"),
     "rotary_dim": (
         dict(rotary_cos=np.ones((200, 12), np.float32), rotary_sin=np.ones((200, 12), np.float32)),
@@ -338,11 +352,95 @@ def test_errors_name_the_mistake(name):
         flash_attn_with_kvcache(**arguments)
 
 
+@pytest.mark.parametrize("quantised", ["int8", "float8_e4m3fn"])
+def test_quantised_caches_are_refused(quantised):
+    cache = jnp.zeros((3, 8, 2, 64), quantised)
+    with pytest.raises(NotImplementedError, match=f"quantised caches .* x.astype.* k_cache {quantised}"):
+        flash_attn_with_kvcache(jnp.zeros((3, 1, 4, 64), jnp.bfloat16), cache, cache)
+
+
 def test_empty_calls():
     for B, T in ((0, 1), (2, 0)):
         q, cache = jnp.zeros((B, T, 4, 64), jnp.bfloat16), jnp.zeros((B, 16, 2, 64), jnp.bfloat16)
         out, lse, _, _ = flash_attn_with_kvcache(q, cache, cache, return_softmax_lse=True)
         assert out.shape == q.shape and lse.shape == (B, 4, T)
+
+
+EMPTY_CACHES = {  # the cache, other arguments, and the log-sum-exp before and after appending: of how many zeros
+    "no-pages": ((0, 8, 2, 16), dict(block_table=jnp.zeros((2, 3), jnp.int32)), (24, 4)),
+    "no-pages-in-the-table": ((4, 8, 2, 16), dict(block_table=jnp.zeros((2, 0), jnp.int32)), (0, 0)),
+    "empty-pages": ((4, 0, 2, 16), dict(block_table=jnp.zeros((2, 3), jnp.int32)), (0, 0)),
+    "no-rows": ((0, 8, 2, 16), dict(cache_batch_idx=jnp.zeros(2, jnp.int32)), (0, 0)),
+    "no-positions": ((2, 0, 2, 16), {}, (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY_CACHES)
+def test_empty_caches(case, dtype):
+    """Pages that do not exist are zeros, rows that do not exist hold nothing, and what is appended there is dropped."""
+    shape, options, zeros = EMPTY_CACHES[case]
+    q, new, cache = jnp.ones((2, 1, 4, 16), dtype), jnp.ones((2, 1, 2, 16), dtype), jnp.ones(shape, dtype)
+    table = jnp.ones((4, 8), jnp.float32)
+    append = dict(k=new, v=new, cache_seqlens=3, rotary_cos=table, rotary_sin=table, causal=True)
+    for seen, more in zip(zeros, ({}, append), strict=True):
+        out, lse, k_cache, v_cache = flash_attn_with_kvcache(
+            q, cache, cache, **options, **more, return_softmax_lse=True
+        )
+        assert out.shape == q.shape and not np.asarray(out).any()
+        np.testing.assert_allclose(lse, np.log(seen) if seen else -np.inf, rtol=1e-6)
+        assert k_cache.shape == v_cache.shape == shape and (np.asarray(k_cache) == 1).all()
+
+
+SYMBOLIC = {
+    "batch": (Case("float32", rotary=16, T=2, T_new=2), dict(q="b", k_cache="b", v_cache="b", k="b", v="b")),
+    "capacity": (Case("float32"), dict(k_cache="b s", v_cache="b s", q="b", k="b", v="b")),
+    "pages": (
+        Case("float32", page=16),
+        dict(k_cache="p", v_cache="p", q="b", k="b", v="b", block_table="b n"),
+    ),
+    "rows": (Case("float32", batch_index=(3, 0, 4), extra_rows=2), dict(k_cache="r s", v_cache="r s")),
+}
+
+
+@pytest.mark.parametrize("case", SYMBOLIC)
+def test_export_with_symbolic_sizes(case, platform):
+    """By the name of its target, which the docstring tells."""
+    case, letters = SYMBOLIC[case]
+    if platform != "cpu":
+        case = dataclasses.replace(case, dtype="bfloat16")
+    arrays = case.arrays()
+    symbols = dict(zip("bspnr", jax.export.symbolic_shape("b, s, p, n, r"), strict=True))
+    if "b" in letters["q"] if "q" in letters else False:
+        letters = letters | {"cache_seqlens": "b"}
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            tuple(symbols[x] for x in letters.get(name, "").split()) + x.shape[len(letters.get(name, "").split()) :],
+            x.dtype,
+        )
+        for name, x in arrays.items()
+    }
+    (target,) = re.findall(r'custom_call\("(\w+)"\)', flash_attn_with_kvcache.__doc__)
+    safe = [jax.export.DisabledSafetyCheck.custom_call(target)]
+    exported = jax.export.export(jitted(case), disabled_checks=safe)(shapes)
+    check(case, arrays, exported.call(arrays))
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_more_head_shards_than_kv_heads_on_explicit_axes(K, dtype):
+    case = Case(dtype, B=4, N=8, K=K, H=16, S=24, T=2, T_new=2, rotary=16)
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = Mesh(np.array(jax.devices("cpu")).reshape(2, 4), ("data", "model"), axis_types=kinds)
+    arrays = case.arrays()
+    specs = dict.fromkeys(("k_cache", "v_cache", "k", "v", "cache_seqlens"), PartitionSpec("data"))
+    specs["q"] = PartitionSpec("data", None, "model")
+    placed = {
+        name: jax.device_put(x, NamedSharding(mesh, specs.get(name, PartitionSpec()))) for name, x in arrays.items()
+    }
+    with jax.set_mesh(mesh):
+        got = jitted(case)(placed)
+    check(case, arrays, got)
+    for result, name in zip(got[::2], ("q", "k_cache"), strict=True):
+        assert result.sharding.is_equivalent_to(placed[name].sharding, 4)
 
 
 def test_doctest():

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_cuda_lowering import topology  # noqa: F401
 
-from jax_flash import flash_attn_with_kvcache
+from jax_flash import _native, flash_attn_with_kvcache
 
 QUERY = (8, 1, 32, 128)
 NEW = (8, 1, 8, 128)
@@ -84,3 +84,21 @@ def test_slices_of_one_projection_share_nothing_with_the_output(topology):  # no
 
     result = compiled(topology, fun, [(1, 1, 48, 128), (1, *CACHE[1:]), (1, *CACHE[1:])], (1, 2))
     assert result.memory_analysis().alias_size_in_bytes == 2 * 2 * np.prod(CACHE[1:])
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_symbolic_sizes_export(paged):
+    """The batch, the capacity and the pages: what is planned for a call is computed from its sizes."""
+    if not _native.build_info()["cuda_architectures"]:
+        pytest.skip("jax_flash was built without CUDA kernels")
+    b, s, n = jax.export.symbolic_shape("b, s, n")
+    shapes = [(b, 1, 32, 128), *[(s, 16, 8, 128) if paged else (b, s, 8, 128)] * 2, *[(b, 1, 8, 128)] * 2]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(b,), *[(b, n)] * paged]]
+
+    def fun(q, k_cache, v_cache, k, v, lengths, table=None):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+
+    safe = [jax.export.DisabledSafetyCheck.custom_call("jax_flash_kvcache")]
+    exported = jax.export.export(jax.jit(fun), platforms=["cuda"], disabled_checks=safe)(*arguments)
+    assert exported.mlir_module().count("@jax_flash_kvcache") == 1

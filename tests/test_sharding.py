@@ -162,6 +162,60 @@ def test_vmap_over_a_sharded_axis(kind):
 
 
 @BOTH
+@pytest.mark.parametrize("mapped", ["q", "mask", "q-and-mask"])
+def test_vmap_over_part_of_the_arguments_keeps_each_device_its_own(mapped, kind):
+    """Over a sharded axis: nothing is gathered, and each device calls the kernel for its own part alone."""
+    mesh, (q, k, v, *_) = make_mesh(kind, (8,), ("x",)), make_args(4, 2)
+    axes = (0 if "q" in mapped.split("-") else None, None, None, 0 if "mask" in mapped else None)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((8, *q.shape)), q.dtype) if axes[0] == 0 else q
+    mask = jnp.asarray(rng.random((8, B, 4, T, S) if axes[3] == 0 else (B, 4, T, S)) < 0.7)
+    args = q, k, v, mask
+    placed = place(mesh, args, [P() if axis is None else P("x") for axis in axes])
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.vmap(jax_flash.attention, axes)).lower(*placed).compile()
+    out = compiled(*placed)
+    assert_close(out, jax.vmap(reference.attention, axes)(*args))
+    assert not collectives(compiled)
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 5)
+    (call,) = re.findall(r"= \(f32\[([\d,]+)\].* custom-call\(.*jax_flash_forward", compiled.as_text())
+    assert math.prod(map(int, call.split(","))) == out.size // 8
+
+
+@pytest.mark.parametrize("option", ["plain", "causal", "window", "mask", "lengths", "all"])
+@pytest.mark.parametrize("K", [8, 2])
+def test_dot_product_attention_on_explicit_axes(K, option):
+    """Rows that see nothing included, which get the mean of the values."""
+    mesh, (q, k, v, mask, lengths) = make_mesh(AxisType.Explicit), make_args(8, K, extras=True)
+    options = {
+        "plain": {},
+        "causal": dict(is_causal=True),
+        "window": dict(local_window_size=(2, 1)),
+        "mask": dict(mask=mask.at[0, :, 3].set(False)),
+        "lengths": dict(query_seq_lengths=jnp.array([T, 3, T, 0], jnp.int32), key_value_seq_lengths=lengths),
+    }
+    options["all"] = {name: x for each in list(options.values()) for name, x in each.items()}
+    options = options[option]
+    arrays = {"mask": P("data", "model"), "query_seq_lengths": P("data"), "key_value_seq_lengths": P("data")}
+    arrays = {name: spec for name, spec in arrays.items() if name in options}
+    static = {name: x for name, x in options.items() if name not in arrays}
+    kv = P("data", None, "model") if K == 8 else P("data")
+    args = place(mesh, (q, k, v), (P("data", None, "model"), kv, kv))
+    placed = dict(zip(arrays, place(mesh, [options[name] for name in arrays], arrays.values()), strict=True))
+
+    def run(attention, q, k, v, extras):
+        out, pull = jax.vjp(functools.partial(attention, **static, **extras), q, k, v)
+        return out, pull(jnp.cos(out))
+
+    with jax.set_mesh(mesh):
+        ours = jax.jit(functools.partial(run, jax_flash.dot_product_attention))(*args, placed)
+    with jax.default_device(jax.devices("cpu")[0]):
+        exact = run(jax.nn.dot_product_attention, q, k, v, {name: options[name] for name in arrays})
+    assert_close(ours, exact)
+    assert ours[0].sharding.is_equivalent_to(args[0].sharding, 4)
+
+
+@BOTH
 @pytest.mark.parametrize("manual", [{"data", "model"}, {"data"}], ids=["manual", "partly-manual"])
 @pytest.mark.parametrize("shared", [False, True], ids=["split", "shared-kv"])
 def test_shard_map(kind, manual, shared):

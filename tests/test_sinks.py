@@ -142,3 +142,34 @@ def test_mistakes_are_named(sinks, message):
         jax_flash.attention(x["q"], x["k"], x["v"], sinks=sinks)
     with pytest.raises(ValueError, match=f"^flash_attn_with_kvcache: {message}"):
         jax_flash.flash_attn_with_kvcache(x["q"], x["k"], x["v"], sinks=sinks)
+
+
+@pytest.mark.parametrize("cotangent", [np.nan, np.inf])
+@pytest.mark.parametrize("attention", [jax_flash.attention, reference.attention], ids=["kernel", "reference"])
+def test_cotangents_of_unseen_rows_do_not_matter(attention, cotangent):
+    """Their output is 0 whatever q, k, v and the sinks are; the log-sum-exp is the sink, and so has its gradient."""
+    x = arrays(k=(B, T - 3, K, H), v=(B, T - 3, K, H))
+    attend_causal = functools.partial(attend, attention, causal=True)
+    (out, lse), pull = jax.vjp(attend_causal, *x.values())
+    assert not np.asarray(out[:, :3]).any() and np.asarray(out[:, 3:]).any()
+    got, want = (pull((jnp.ones_like(out).at[:, :3].set(value), jnp.ones_like(lse))) for value in (cotangent, 0.0))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)])
+def test_empty_arrays(sizes):
+    b, t, s, n = sizes
+    x = arrays(q=(b, t, n, H), k=(b, s, min(n, K), H), v=(b, s, min(n, K), H), sinks=(n,))
+    lengths = jnp.array([t, 1][:b], jnp.int32)
+    out, lse = attend(jax_flash.attention, *x.values(), q_lengths=lengths)
+    assert out.shape == (b, t, n, H) and not np.asarray(out).any()
+    exact = attend(reference.attention, *x.values(), q_lengths=lengths)[1]
+    np.testing.assert_array_equal(lse, exact)
+    grads = gradients(jax_flash.attention, x, q_lengths=lengths)
+    assert [gradient.shape for gradient in grads] == [each.shape for each in x.values()]
+
+
+def test_a_cache_without_heads():
+    q, cache = jnp.zeros((2, 1, 0, 16)), jnp.zeros((2, 8, 0, 16))
+    out, lse, *_ = jax_flash.flash_attn_with_kvcache(q, cache, cache, sinks=jnp.zeros(0), return_softmax_lse=True)
+    assert out.shape == q.shape and lse.shape == (2, 0, 1)

@@ -157,10 +157,33 @@ def test_checkpoint_names_spare_a_second_forward(dtype):
     assert forward_calls(jax.checkpoint_policies.nothing_saveable, dtype) == 2
 
 
-def test_forward_mode_is_refused(dtype):
-    args = [make(name, dtype) for name in "qkv"]
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(jax_flash.attention, args, args)
+FORWARD = {
+    "jvp": lambda f, *args: jax.jvp(f, args, args),
+    "jvp-of-jit": lambda f, *args: jax.jvp(jax.jit(f), args, args),
+    "jit-of-jvp": lambda f, *args: jax.jit(lambda *a: jax.jvp(f, a, a))(*args),
+    "jacfwd": lambda f, *args: jax.jacfwd(f)(*args),
+    "linearize": lambda f, *args: jax.linearize(f, *args)[1](*args),
+    "hessian": lambda f, *args: jax.hessian(lambda *a: f(*a).sum())(*args),
+    "jvp-of-grad": lambda f, *args: jax.jvp(jax.grad(lambda *a: f(*a).sum()), args, args),
+}
+
+
+@pytest.mark.parametrize("transform", FORWARD)
+def test_forward_mode_is_refused(transform):
+    args = [make(name, "float32") for name in "qkv"]
+    with pytest.raises(NotImplementedError, match=r"no forward mode .*jax_flash\.reference\.attention"):
+        FORWARD[transform](jax_flash.attention, *args)
+
+
+def test_second_order_is_refused():
+    args = [make(name, "float32") for name in "qkv"]
+
+    def loss(*args):
+        return (jax_flash.attention(*args) ** 2).sum()
+
+    with pytest.raises(NotImplementedError, match=r"derivative of its backward pass .*jax_flash\.reference\.attention"):
+        jax.grad(lambda *a: jax.grad(loss)(*a).sum())(*args)
+    assert jax.jacrev(loss)(*args).shape == args[0].shape
 
 
 def test_without_jit(dtype):
@@ -168,6 +191,16 @@ def test_without_jit(dtype):
     with jax.disable_jit():
         out = jax_flash.attention(*args)
     np.testing.assert_array_equal(out, jax_flash.attention(*args))
+
+
+def test_debug_infs_under_jit(dtype):
+    """As documented: a log-sum-exp of -inf that is not asked for is not reported there."""
+    q, k, v = (make(name, dtype) for name in "qkv")
+    attend = functools.partial(jax_flash.attention, kv_lengths=jnp.array([0, S]))
+    with jax.debug_infs(True):
+        assert np.isfinite(np.asarray(jax.jit(attend)(q, k, v), np.float32)).all()
+        with pytest.raises(FloatingPointError, match="inf"):
+            jax.jit(functools.partial(attend, return_softmax_lse=True))(q, k, v)
 
 
 SAFE = [jax.export.DisabledSafetyCheck.custom_call(f"jax_flash_{d}") for d in ("forward", "backward")]
@@ -187,6 +220,40 @@ def test_export_with_symbolic_shapes(dtype):
     args = [make(name, dtype) for name in ARGUMENTS]
     run = jax.jit(jax.grad(functools.partial(loss, jax_flash.attention), (0, 1, 2)))
     symbolic = [jax.ShapeDtypeStruct(shapes[name], x.dtype) for name, x in zip(ARGUMENTS, args, strict=True)]
+    exported = jax.export.export(run, disabled_checks=SAFE)(*symbolic)
+    for a, b in zip(exported.call(*args), run(*args), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# The axes of vmap of q and of the mask, whose own shape may be less than (B, N, T, S).
+SYMBOLIC_VMAP = {
+    "q": (0, None, None),
+    "q-and-shared-mask": (0, None, "b, 1, 1, s"),
+    "mask": (None, 0, "b, N, t, s"),
+    "small-mask": (None, 0, "t, s"),
+    "q-and-mask": (0, 0, "b, 1, t, s"),
+}
+
+
+@pytest.mark.parametrize("case", SYMBOLIC_VMAP)
+def test_vmap_over_part_exports_with_symbolic_shapes(case, dtype):
+    q_axis, mask_axis, mask_shape = SYMBOLIC_VMAP[case]
+    axes = (q_axis, None, None, mask_axis)
+    names = dict(zip("mbts", jax.export.symbolic_shape("m, b, t, s"), strict=True)) | {"N": N, "K": K, "H": H, "1": 1}
+    sizes = dict(m=MAPPED, b=B, t=T, s=S, N=N, K=K, H=H) | {"1": 1}
+    shapes = ["b, t, N, H", "b, s, K, H", "b, s, K, H", mask_shape]
+    shapes = [x if axis is None else f"m, {x}" for x, axis in zip(shapes, axes, strict=True)]
+    symbolic, args = [], []
+    for name, letters in zip(("q", "k", "v", "mask"), shapes, strict=True):
+        if letters is None:
+            symbolic.append(None)
+            args.append(None)
+            continue
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal(tuple(sizes[letter] for letter in letters.split(", ")))
+        args.append(jnp.asarray(x > 0) if name == "mask" else jnp.asarray(x, dtype))
+        symbolic.append(jax.ShapeDtypeStruct(tuple(names[letter] for letter in letters.split(", ")), args[-1].dtype))
+    run = jax.jit(jax.vmap(functools.partial(jax_flash.attention, return_softmax_lse=True), axes))
     exported = jax.export.export(run, disabled_checks=SAFE)(*symbolic)
     for a, b in zip(exported.call(*args), run(*args), strict=True):
         np.testing.assert_array_equal(a, b)

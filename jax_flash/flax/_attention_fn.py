@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flash import _call, _validate
 from jax_flash._spec import Spec
@@ -114,7 +116,7 @@ def attention_fn(
     _refuse("qk_attn_weights_einsum", qk_attn_weights_einsum, "use flax's own attention with it")
     _refuse("attn_weights_value_einsum", attn_weights_value_einsum, "use flax's own attention with it")
     _check_dropout(dropout_rate)
-    if dropout_rate > 0 and not deterministic:
+    if dropout_rate > 0 and not _validate.static_bool(_NAME, "deterministic", deterministic):
         raise NotImplementedError(
             f"attention_fn: dropout on the attention weights is not supported; got dropout_rate={dropout_rate}. "
             "Set dropout_rate=0 in the attention layer (dropout elsewhere is unaffected) or deterministic=True"
@@ -160,8 +162,9 @@ def attention_fn(
 
 def _check_dropout(rate):
     _validate.static(_NAME, "dropout_rate", rate)
-    if not 0 <= rate <= 1:  # nor NaN
-        raise ValueError(f"{_NAME}: dropout_rate must lie in [0, 1]; got {rate}")
+    number = isinstance(rate, (numbers.Real, np.ndarray, jax.Array)) and not isinstance(rate, bool)
+    if not (number and np.ndim(rate) == 0 and 0 <= float(rate) <= 1):  # nor NaN
+        raise ValueError(f"{_NAME}: dropout_rate must be a number in [0, 1]; got {rate!r}")
 
 
 def _refuse(name, value, way_out):

@@ -178,9 +178,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int warp_row = warp * 16 * kTiles;
   float acc_o[kTiles][kD / 2];
   OnlineSoftmax softmax[kTiles];
+  const float sink = params.sinks ? params.sinks[tile.linear_head] * (kLog2e / transform.log2_scale) : -infinity();
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
-    softmax[m].init();
+    softmax[m].init(sink, lane);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) acc_o[m][i] = 0.0f;
   }
@@ -276,12 +277,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     float inverse[2], lse[2];
-    softmax[m].finish(transform.log2_scale, inverse, lse);
-    if (params.sinks) {
-      const float sink = params.sinks[target.linear_head];
-      add_sink(sink, inverse[0], lse[0]);
-      add_sink(sink, inverse[1], lse[1]);
-    }
+    softmax[m].finish(transform.log2_scale, sink, inverse, lse);
     const int row = warp_row + 16 * m + lane / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

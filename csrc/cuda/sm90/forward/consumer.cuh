@@ -131,6 +131,9 @@ class Consumer {
     return work(rounds_ago).query + warpgroup * a.queries;
   }
   __device__ __forceinline__ bool sees_nothing() const { return own.begin >= own.end; }
+  __device__ __forceinline__ Range* row_keys(uint32_t rounds_ago = 0) const {
+    return shared.row_keys[(round - rounds_ago) % 2][warpgroup];
+  }
 
   // The first block of a tile, alone.
   __device__ __forceinline__ void first_block() {
@@ -207,7 +210,7 @@ class Consumer {
 
   // O of the tile before this one.
   __device__ __forceinline__ void store(const LaggingSoftmax& finished) {
-    store_output<Config>(a, shared, work(1), first_query(1), row0, rO, finished, lane);
+    store_output<Config>(a, shared, work(1), row_keys(1), first_query(1), row0, rO, finished, lane);
   }
 
   // S of step n, under use + 1, while O takes the block of the step before, under use.
@@ -251,12 +254,12 @@ class Consumer {
   }
 
   __device__ __forceinline__ void init_softmax() {
-    const Band band = work().band;
     bool sees[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t i = first_query() + shared.row_query[row0 + 8 * r];
-      sees[r] = band.key_begin(i) < band.key_end(i);
+      const Range keys = work().band.keys(first_query() + shared.row_query[row0 + 8 * r]);
+      row_keys()[row0 + 8 * r] = keys;
+      sees[r] = !keys.empty();
     }
     softmax.init(sees);
   }
@@ -283,10 +286,9 @@ class Consumer {
   // What the band hides in step n.
   __device__ __forceinline__ void hide(int32_t n, float (&rS)[kKeys / 2]) {
     const int32_t first = work().key(n) + lane % 4 * 2;
-    const int32_t i[2] = {first_query() + shared.row_query[row0], first_query() + shared.row_query[row0 + 8]};
-    const Band band = work().band;
-    const int begin[2] = {band.key_begin(i[0]) - first, band.key_begin(i[1]) - first};
-    const int end[2] = {band.key_end(i[0]) - first, band.key_end(i[1]) - first};
+    const Range keys[2] = {row_keys()[row0], row_keys()[row0 + 8]};
+    const int begin[2] = {keys[0].begin - first, keys[1].begin - first};
+    const int end[2] = {keys[0].end - first, keys[1].end - first};
     keep_columns(rS, begin, end, -infinity());
   }
 

@@ -127,6 +127,21 @@ struct LaggingSoftmax {
     return rescale;
   }
 
+  // Row r sees nothing.
+  __device__ __forceinline__ void forget(int r) { base[r] = -infinity(), sum[r] = 0.0f; }
+
+  // One score more for row r, at its end. In each of the quad's four sums, a quarter of it.
+  __device__ __forceinline__ void add_sink(int r, float sink) {
+    const float exponent = sink * kLog2e, above = exponent - base[r];
+    if (exponent == -infinity()) return;
+    if (above <= 64.0f) {
+      sum[r] += 0.25f * ptx::ex2(above);
+    } else {  // beside it the rest is nothing: its inverse is flushed to 0
+      base[r] = exponent - 127.0f;
+      sum[r] = 0.25f * 0x1p127f;
+    }
+  }
+
   // What the accumulated output is to be multiplied by (0 for a row that saw nothing), and the LSE, natural log.
   __device__ __forceinline__ void finish(float (&inverse)[2], float (&lse)[2]) const {
 #pragma unroll

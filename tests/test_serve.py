@@ -56,9 +56,9 @@ def model(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def serving(running, text, *, context=256, max_tokens=16):
+def serving(running, text, *, max_tokens=16):
     """A server on a port of its own; its address."""
-    with serving_app(serve.Front(running, text, "tiny", context=context, max_tokens=max_tokens).app()) as address:
+    with serving_app(serve.Front(running, text, "tiny", max_tokens=max_tokens).app()) as address:
         yield address
 
 
@@ -298,12 +298,12 @@ def test_what_the_template_does_not_take_is_the_clients_to_know(model, template,
 def test_an_engine_that_fails_ends_the_server(model, capfd):
     running, stopped = make_engine(model), threading.Event()
     running.turn = lambda: 1 / 0
-    app = serve.Front(running, model[2], "tiny", context=256, max_tokens=9, stop=stopped.set).app()
-    with serving_app(app) as address:
+    front = serve.Front(running, model[2], "tiny", max_tokens=9, stop=stopped.set)
+    with serving_app(front.app()) as address:
         for stream in (False, True):
             response = httpx.post(f"{address}/v1/chat/completions", json=change(stream=stream))
             assert response.status_code == (200 if stream else 503) and "the server has stopped" in response.text
-    assert stopped.is_set() and "ZeroDivisionError" in capfd.readouterr().err
+    assert front.failed and stopped.is_set() and "ZeroDivisionError" in capfd.readouterr().err
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_bench(file, capsys):
     serve.main(["--model", str(file), "--bench", "4", *options])
     captured = capsys.readouterr()
     assert [line.split(":")[0] for line in captured.out.splitlines()[:2]] == ["one after another", "4 at once"]
-    assert "times the tokens per second" in captured.out and "compiled 5 programs" in captured.err
+    assert "times the tokens per second" in captured.out and "compiled 7 programs" in captured.err
 
 
 def test_ctrl_c_ends_the_server_in_order(file):
@@ -330,10 +330,10 @@ def test_ctrl_c_ends_the_server_in_order(file):
         log = []
         for line in process.stderr:
             log.append(line)
-            if found := re.search(r"running on (http://127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"serving .tiny. on (http://127\.0\.0\.1:\d+/v1)", line):
                 break
         body = {"model": "tiny", "prompt": "on", "max_tokens": 250, "stream": True}
-        with httpx.stream("POST", f"{found[1]}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{found[1]}/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
@@ -360,6 +360,12 @@ def test_bad_options_are_refused(options, capsys):
     assert f"{options[0]} " in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_port_that_is_taken_is_named_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(gguf_model.ModelError) as caught:
+        serve.main(["--port", str(taken.getsockname()[1]), "--model", "none.gguf"])
+    assert "cannot listen on 127.0.0.1 port" in str(caught.value)
+
+
 def test_a_context_beyond_the_models_is_refused(file):
     with pytest.raises(gguf_model.ModelError, match="--context 300 exceeds the model's 256"):
-        serve.main(["--model", str(file), "--context", "300"])
+        serve.main(["--model", str(file), "--port", "0", "--context", "300"])

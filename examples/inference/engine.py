@@ -89,9 +89,9 @@ class Engine:
           stop_ids: tokens that end an answer, and are not part of it.
         """
         self._options = dict(weights=weights, config=config)
-        self._context, self._slots, self._page_size, self._burst = context, slots, page_size, burst
-        self.stop_ids = stop_ids
-        # Programs are compiled for these sizes alone. Padding costs about what it saves in compilations.
+        self._slots, self._page_size, self._burst = slots, page_size, burst
+        self.context, self.vocabulary, self.stop_ids = context, config.vocabulary, stop_ids
+        # Programs are compiled for these sizes alone: at most half of one is padding.
         self._chunks, self._batches = _sizes(chunk, 16), _sizes(slots, 1)
         # As many rows again keep what finished requests computed.
         self._rows = [_Row(i) for i in range(2 * slots)]
@@ -113,9 +113,9 @@ class Engine:
 
     def check(self, prompt: int, max_tokens: int) -> None:
         """Raises TooLong for a request of so many tokens that could never run."""
-        if prompt + max_tokens > self._context:
+        if prompt + max_tokens > self.context:
             raise TooLong(
-                f"the prompt's {prompt} tokens and {max_tokens} of the answer exceed the context of {self._context}"
+                f"the prompt's {prompt} tokens and {max_tokens} of the answer exceed the context of {self.context}"
             )
         pages = self._pages(prompt + max_tokens - 1)
         if pages > self._num_pages:
@@ -269,14 +269,14 @@ class Engine:
     def _make_room(self, pages: int, source: _Row | None, shared: int) -> list[_Row] | None:
         """Which finished rows must go so that there are so many free pages and a free row; None if all do not suffice.
 
-        Those that were not used for longest go first.
+        Those that were not used for longest go first, and the source last.
         """
         table, references = (np.array(x) for x in (self._state.table.block_table, self._state.table.references))
         if source:
             references[table[source.index, : shared // self._page_size]] += 1
         has_row = any(row.request is None and not row.tokens for row in self._rows)
-        evicted = []
-        for row in sorted((row for row in self._rows if row.request is None and row.tokens), key=lambda row: row.used):
+        finished, evicted = [row for row in self._rows if row.request is None and row.tokens], []
+        for row in sorted(finished, key=lambda row: (row is source, row.used)):
             if has_row and np.sum(references == 0) >= pages:
                 break
             held = table[row.index]
@@ -364,10 +364,10 @@ class Engine:
 
 
 def _sizes(largest: int, least: int) -> list[int]:
-    """The largest, a quarter of it, and so on, rising."""
+    """The largest, half of it, and so on, rising."""
     sizes = [largest]
-    while sizes[-1] // 4 >= least:
-        sizes.append(sizes[-1] // 4)
+    while sizes[-1] // 2 >= least:
+        sizes.append(sizes[-1] // 2)
     return sizes[::-1]
 
 

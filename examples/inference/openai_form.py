@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import reprlib
 import time
 import uuid
 from typing import Any
@@ -185,8 +186,7 @@ def _message(index: int, message: Any) -> dict[str, str]:
 
 
 def _show(found: Any) -> str:
-    shown = repr(found)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return reprlib.repr(found)  # short, however long or deep it is
 
 
 class Text:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import pathlib
+import socket
 import sys
 import threading
 import time
@@ -50,17 +51,10 @@ class Front:
     """The routes of one model and its engine. `stop` is called if the engine fails: no request can succeed after it."""
 
     def __init__(
-        self,
-        running: engine.Engine,
-        text: tokenizer.ChatTokenizer,
-        model: str,
-        *,
-        context,
-        max_tokens,
-        stop=lambda: None,
+        self, running: engine.Engine, text: tokenizer.ChatTokenizer, model: str, *, max_tokens: int, stop=lambda: None
     ):
         self._engine, self._text, self._model = running, text, model
-        self._context, self._max_tokens, self._stop = context, max_tokens, stop
+        self._max_tokens, self._stop, self.failed = max_tokens, stop, False
         self._started = int(time.time())
 
     def app(self) -> Starlette:
@@ -81,6 +75,7 @@ class Front:
                 self._engine.run()
             except Exception:
                 traceback.print_exc()
+                self.failed = True
                 self._stop()
 
         thread = threading.Thread(target=run, name="engine", daemon=True)
@@ -109,7 +104,8 @@ class Front:
         return await self._answer(request, wanted, openai_form.Reply(self._model, chat=False))
 
     async def _answer(self, request, wanted: openai_form.Wanted, reply: openai_form.Reply):
-        run = _Run(self._engine, self._text, wanted, self._prompt(wanted), self._max_tokens, self._context)
+        prompt = await asyncio.to_thread(self._prompt, wanted)  # long ones take a while
+        run = _Run(self._engine, self._text, wanted, prompt, self._max_tokens)
         if wanted.stream:
             return _EventStream(run, reply, wanted.include_usage)
         answer = asyncio.create_task(run.whole())
@@ -143,7 +139,7 @@ class Front:
 class _Run:
     """One request's way through the engine, seen from the event loop."""
 
-    def __init__(self, running, text, wanted, prompt, max_tokens, context):
+    def __init__(self, running, text, wanted, prompt, max_tokens):
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
 
         def emit(*event):
@@ -151,10 +147,10 @@ class _Run:
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         # Who does not say how long the answer may be gets what there is room for.
-        limit = wanted.max_tokens or max(1, min(max_tokens, context - len(prompt)))
+        limit = wanted.max_tokens or max(1, min(max_tokens, running.context - len(prompt)))
         self._engine, self._text = running, openai_form.Text(text.stream(), wanted.stop)
         self._request = engine.Request(prompt, limit, emit, wanted.temperature, wanted.top_p, wanted.seed)
-        self.reason = None
+        self.reason, self._answered = None, 0
         try:
             running.submit(self._request)
         except engine.TooLong as error:
@@ -165,6 +161,7 @@ class _Run:
         """Yields text; then `reason` says why it ends."""
         while self.reason is None:
             tokens, self.reason = await self._events.get()
+            self._answered += len(tokens)
             text = self._text.add(tokens, last=self.reason is not None)
             if self._text.stopped:
                 self.reason = "stop"
@@ -177,7 +174,7 @@ class _Run:
         return "".join([part async for part in self.parts()])
 
     def usage(self) -> dict:
-        return openai_form.usage(len(self._request.prompt), self._request.answered, self._request.shared)
+        return openai_form.usage(len(self._request.prompt), self._answered, self._request.shared)
 
     def cancel(self) -> None:
         """Frees what the request still has; one that is finished has nothing."""
@@ -284,13 +281,13 @@ def parse_arguments(argv=None):
     return arguments
 
 
-def create(arguments, config, weights, stop_ids):
-    """The engine that the options describe, and the context that it has."""
+def create_engine(arguments, config, weights, stop_ids):
     if arguments.context > config.context_length:
         raise gguf_model.ModelError(f"--context {arguments.context} exceeds the model's {config.context_length}")
     context = arguments.context or min(config.context_length, 8192)
     pages = arguments.pages or -(-max(context, 512 * arguments.slots) // arguments.page_size)
-    running = engine.Engine(
+    log(f"{arguments.slots} slots, {pages} pages of {arguments.page_size} tokens, {arguments.dtype}")
+    return engine.Engine(
         config,
         weights,
         arguments.dtype,
@@ -302,30 +299,66 @@ def create(arguments, config, weights, stop_ids):
         burst=arguments.burst,
         stop_ids=stop_ids,
     )
-    log(f"{arguments.slots} slots, {pages} pages of {arguments.page_size} tokens, {arguments.dtype}")
-    return running, context
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the port. Nobody can connect before the server listens to it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+        return bound
+    except OSError as error:
+        raise gguf_model.ModelError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app, started: str):
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        self._started = started
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        log(self._started)
+
+    def stop(self):
+        self.should_exit = True
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    path = arguments.model or gguf_model.default_path()
+    arguments.model = arguments.model or gguf_model.default_path()
+    if arguments.bench:
+        running, _ = load(arguments)
+        serve_bench.run(running, arguments.bench)
+        return
+    with bind(arguments.host, arguments.port) as bound:
+        running, text = load(arguments)
+        name = arguments.model.stem
+        front = Front(running, text, name, max_tokens=arguments.max_tokens, stop=lambda: server.stop())
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        server = _Server(front.app(), f"serving {name!r} on http://{host}:{bound.getsockname()[1]}/v1")
+        server.run(sockets=[bound])
+    if front.failed:
+        sys.exit("serve.py: the engine failed")
+
+
+def load(arguments):
+    """The engine, compiled, and the tokenizer of the model that the options name."""
     begin = time.perf_counter()
-    config, weights, metadata = gguf_model.load(path, arguments.dtype)
+    config, weights, metadata = gguf_model.load(arguments.model, arguments.dtype)
     text = tokenizer.ChatTokenizer(metadata)
-    log(f"{path.name}: loaded in {time.perf_counter() - begin:.1f} s")
-    running, context = create(arguments, config, weights, text.stop_ids)
+    log(f"{arguments.model.name}: loaded in {time.perf_counter() - begin:.1f} s")
+    running = create_engine(arguments, config, weights, text.stop_ids)
     begin = time.perf_counter()
     programs = running.compile(lambda runs: tqdm(runs, desc="compiling", unit="program", file=sys.stderr))
     log(f"compiled {programs} programs in {time.perf_counter() - begin:.1f} s")
-    if arguments.bench:
-        serve_bench.run(running, config.vocabulary, arguments.bench, context)
-        return
-    options = dict(context=context, max_tokens=arguments.max_tokens)
-    front = Front(running, text, path.stem, **options, stop=lambda: setattr(server, "should_exit", True))
-    listen = dict(host=arguments.host, port=arguments.port, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(uvicorn.Config(front.app(), **listen))
-    log(f"model {path.stem!r}")
-    server.run()
+    return running, text
 
 
 def log(message):

@@ -14,12 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 
-def run(running: engine.Engine, vocabulary: int, count: int, context: int) -> float:
+def run(running: engine.Engine, count: int) -> float:
     """Prints both measurements; returns how many times the tokens per second many at once have."""
     running.stop_ids = frozenset()
     random = np.random.default_rng(0)
-    longest = min(128, context // 2)
-    prompts = [random.integers(vocabulary, size=n).tolist() for n in random.integers(longest // 8, longest + 1, count)]
+    longest = min(128, running.context // 2)
+    prompts = [
+        random.integers(running.vocabulary, size=n).tolist() for n in random.integers(longest // 8, longest + 1, count)
+    ]
     limits = random.integers(longest // 4, longest + 1, count).tolist()
     print(f"{count} requests: {sum(map(len, prompts))} tokens of prompts, {sum(limits)} of answers", file=sys.stderr)
     alone = _measure(running, prompts, limits, "one after another", at_once=False)

@@ -84,7 +84,7 @@ class Engine:
           context: how many tokens prompt and answer may have together.
           slots: how many requests run at once.
           num_pages: pages of page_size tokens, for all requests together.
-          chunk: how many tokens of prompts a turn computes.
+          chunk: about how many tokens of prompts a turn computes.
           burst: how many tokens a turn computes for each answer.
           stop_ids: tokens that end an answer, and are not part of it.
         """

@@ -106,11 +106,24 @@ def test_a_conversation_goes_on_from_what_is_in_the_cache(model):
     # 13 + 7 tokens were fed: two pages are full.
     assert second.request.shared == 16
     assert second.tokens == alone(model, longer, 5)
-    again = Answer(list(range(1, 17)), 3)  # all of its pages are shared but the last token's, which is computed
+    again = Answer(longer[:16], 3)  # the page of its last token is there too, but what follows has to be computed
     running.submit(again.request)
     finish(running)
     assert again.request.shared == 8
-    assert again.tokens == alone(model, list(range(1, 17)), 3)
+    assert again.tokens == alone(model, longer[:16], 3)
+
+
+def test_the_padding_of_a_last_chunk_goes_past_the_context(model):
+    """Behind a shared page the last chunk begins at 232, and would end at 264 of 256."""
+    running = make_engine(model)
+    for seed in range(8):
+        prompt = np.random.default_rng(seed).integers(1, 250, 250).tolist()
+        answers = [Answer(prompt[:9], 1), Answer(prompt, 6)]
+        for answer in answers:
+            running.submit(answer.request)
+            finish(running)
+        assert answers[1].request.shared == 8
+        assert answers[1].tokens == alone(model, prompt, 6)
 
 
 def test_a_full_cache_queues_in_order(model):
@@ -145,6 +158,24 @@ def test_pages_that_are_shared_are_counted_once(model):
         assert answer.tokens == alone(model, answer.request.prompt, 24)
     running.forget()
     assert running.free_pages() == 8
+
+
+def test_shared_pages_are_not_free_when_their_source_goes(model):
+    """Of 8 pages 3 are promised to one that runs, and the next needs 6: the 2 that it shares, and 4 of its own."""
+    running = make_engine(model, num_pages=8)
+    beginning = list(range(1, 17))
+    finished = Answer([*beginning, 99], 10)
+    running.submit(finished.request)
+    finish(running)
+    other, answer = Answer([200, 201], 20), Answer([*beginning, 20], 30)
+    for each in (other, answer):
+        running.submit(each.request)
+    while not other.reasons or other.reasons[-1] is None:
+        assert not answer.reasons
+        running.turn()
+    finish(running)
+    assert answer.request.shared == 16
+    assert answer.tokens == alone(model, answer.request.prompt, 30)
 
 
 @pytest.mark.parametrize("when", ["waiting", "filling", "answering"])

@@ -21,7 +21,6 @@ import generate
 import gguf
 import gguf_model
 import llama
-import serve
 import tokenizer
 from gguf_model import ModelError
 from tiny_gguf import FEED_FORWARD, HIDDEN, TOKENS, tiny_settings, tiny_tensors, write_gguf
@@ -306,11 +305,10 @@ def test_files_that_cannot_be_read(tmp_path):
         gguf_model.load(tmp_path / "big.gguf", jnp.float32)
 
 
-@pytest.mark.parametrize("command", [generate, serve])
-def test_a_template_that_says_nothing_is_refused(command, tmp_path):
+def test_a_template_that_says_nothing_is_refused(tmp_path):
     path = write(tmp_path / "model.gguf", {"tokenizer.chat_template": "{{ '' }}"})
     with pytest.raises(ModelError, match="the prompt is empty"):
-        command.main(["--model", str(path)])
+        generate.main(["--model", str(path)])
 
 
 def test_a_prompt_of_broken_bytes_is_refused():

@@ -1,272 +1,364 @@
-"""Serve several prompts at once with continuous batching: a paged KV cache, requests that come and go, one jitted step.
+"""Serve a Llama-architecture model over HTTP in OpenAI's form: chat completions, streamed or whole, many at once.
 
     python examples/inference/serve.py
-    python examples/inference/serve.py --prompts my_prompts.txt --slots 8
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model":
+      "SmolLM2-135M-Instruct.Q4_1", "messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
 
-A batch has a fixed number of slots. A request takes a free slot, its tokens take pages of a common pool, and when it is
-finished both go to the next request; nothing is compiled again. What all prompts begin with (the chat template's system
-message) is computed once, and every request shares its pages.
+    python examples/inference/serve.py --bench 16
 
-The answers go to standard output as they are finished, everything else to standard error.
+The engine, in engine.py, batches what comes in; this file is the front. It listens on the loopback interface unless
+--host says otherwise: there is no authentication.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import dataclasses
-import functools
-import itertools
+import asyncio
+import contextlib
+import json
 import pathlib
+import socket
 import sys
+import threading
 import time
+import traceback
 
 try:
+    import engine
     import gguf_model
     import jax
     import jax.numpy as jnp
-    import llama
-    import numpy as np
+    import openai_form
+    import serve_bench
     import tokenizer
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
     from tqdm import tqdm
-
-    from jax_flash import cache as kvcache
-    from jax_flash import flash_attn_with_kvcache
 except ImportError as error:
     sys.exit(f"serve.py: {error}. Install what it needs with: pip install '.[examples]'")
 
-PROMPTS = [
-    "Explain in three sentences why the sky is blue.",
-    "List three uses of a paper clip.",
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "Give me a simple recipe for pancakes.",
-    "Who wrote Romeo and Juliet, and what is it about?",
-    "Translate 'good morning' into Spanish and German.",
-    "Why do leaves change their colour in autumn?",
-]
+_MAX_BODY = 8 * 2**20  # bytes of a request
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("caches", "table"))
-def step(weights, tokens, active, caches, table, *, config):
-    """Feed tokens [B, T] to the sequences where active [B]; return each one's likeliest next token, and whether it
-    fitted.
-
-    T is 1 in the serving loop. A slot that is not active, or that found no page, is computed and changes nothing.
-    """
-    count = jnp.where(active, tokens.shape[1], 0)
-    table, fits = table.reserve(count)
-    runs = active & fits
-    # Without pages nothing is written.
-    pages = jnp.where(runs[:, None], table.block_table, -1)
-
-    def attend(q, k, v, cache, lengths, rotary):
-        out, *cache = flash_attn_with_kvcache(
-            q,
-            *cache,
-            k,
-            v,
-            rotary_cos=rotary[0],
-            rotary_sin=rotary[1],
-            cache_seqlens=lengths,
-            block_table=pages,
-            causal=True,
-        )
-        return out, tuple(cache)
-
-    logits, caches = llama.forward(weights, config, tokens, caches, table.lengths, attend)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), runs, caches, table.advance(jnp.where(runs, count, 0))
+class Stopped(Exception):
+    """The engine runs no more, so that nothing can be answered."""
 
 
-@functools.partial(jax.jit, donate_argnames="table")
-def share_prefix(table, slot, tokens):
-    """Let the sequence in `slot` begin with the prefix, which the last row of the table holds."""
-    return table.share(table.lengths.shape[0] - 1, slot, tokens)
+class Front:
+    """The routes of one model and its engine. `stop` is called if the engine fails: no request can succeed after it."""
 
+    def __init__(
+        self, running: engine.Engine, text: tokenizer.ChatTokenizer, model: str, *, max_tokens: int, stop=lambda: None
+    ):
+        self._engine, self._text, self._model = running, text, model
+        self._max_tokens, self._stop, self.failed = max_tokens, stop, False
+        self._started = int(time.time())
 
-@functools.partial(jax.jit, donate_argnames="table")
-def release(table, finished):
-    return table.release(finished)
-
-
-@dataclasses.dataclass
-class Request:
-    """A prompt on its way: the tokens that the model has not seen yet, and what it has answered so far."""
-
-    number: int
-    prompt: str
-    waiting: collections.deque
-    answer: list = dataclasses.field(default_factory=list)
-    seen: int = 0  # tokens in the cache
-
-
-class Server:
-    """Slots, pages, and the model. `serve(prompts)` yields finished requests."""
-
-    def __init__(self, config, weights, dtype, *, slots, num_pages, page_size, max_tokens, stop_ids):
-        self.config, self.weights, self.stop_ids = config, weights, stop_ids
-        self.slots, self.page_size, self.max_tokens = slots, page_size, max_tokens
-        max_pages = min(num_pages, -(-config.context_length // page_size))
-        # One sequence more than there are slots holds the prefix.
-        self.table = kvcache.PageTable.create(slots + 1, max_pages, num_pages, page_size)
-        self.caches = [
-            kvcache.paged(num_pages, page_size, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers)
+    def app(self) -> Starlette:
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.one_model),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
         ]
-        self.requests = [None] * slots
-        self.steps = self.fed = 0
+        handlers = {openai_form.BadRequest: _bad_request, HTTPException: _http_error}
+        handlers |= {Stopped: _stopped, Exception: _server_error}
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._run_engine)
 
-    def serve(self, prompts):
-        """prompts: pairs of text and token ids. Yields Requests in the order in which they finish."""
-        self.prefix = self._prefill(common_prefix([ids for _, ids in prompts]))
-        queue = collections.deque(Request(i, text, collections.deque(ids)) for i, (text, ids) in enumerate(prompts))
-        while queue or any(self.requests):
-            while queue and None in self.requests and self._has_room(queue[0]):
-                self._admit(queue.popleft())
-            if not any(self.requests):
-                raise gguf_model.ModelError(
-                    f"the pool of {self.table.references.shape[0]} pages is too small for request {queue[0].number}"
-                )
-            yield from self._advance()
+    @contextlib.asynccontextmanager
+    async def _run_engine(self, _):
+        def run():
+            try:
+                self._engine.run()
+            except Exception:
+                traceback.print_exc()
+                self.failed = True
+                self._stop()
 
-    def _prefill(self, tokens):
-        """Run what all prompts share through the last row, page by page; the number of tokens that it then holds."""
-        size = self.page_size
-        usable = len(tokens) // size * size
-        only_last = jnp.arange(self.slots + 1) == self.slots
-        for begin in range(0, usable, size):
-            batch = np.zeros((self.slots + 1, size), np.int32)
-            batch[-1] = tokens[begin : begin + size]
-            self._step(batch, only_last)
-        return usable
+        thread = threading.Thread(target=run, name="engine", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._engine.close()
+            await asyncio.to_thread(thread.join)
 
-    def _has_room(self, request):
-        """Pages for the whole prompt and answer, beside what the running requests may still need."""
+    async def models(self, _):
+        models = [openai_form.model(self._model, self._started)]
+        return JSONResponse({"object": "list", "data": models})
 
-        def pages(tokens):
-            return -(-tokens // self.page_size)
+    async def one_model(self, request):
+        if (name := request.path_params["model"]) != self._model:
+            raise openai_form.BadRequest(f"the model {name!r} does not exist", "model", "model_not_found", 404)
+        return JSONResponse(openai_form.model(self._model, self._started))
 
-        budget = int(self.table.references.shape[0]) - pages(self.prefix)
-        for each in [r for r in self.requests if r] + [request]:
-            total = len(each.waiting) + self.max_tokens + (0 if each is request else each.seen)
-            budget -= pages(total) - pages(self.prefix)
-        return budget >= 0
+    async def chat(self, request):
+        wanted = openai_form.read_chat(await _json(request), self._model)
+        return await self._answer(request, wanted, openai_form.Reply(self._model, chat=True))
 
-    def _admit(self, request):
-        slot = self.requests.index(None)
-        self.table = share_prefix(self.table, slot, self.prefix)
-        for _ in range(self.prefix):
-            request.waiting.popleft()
-        request.seen = self.prefix
-        self.requests[slot] = request
+    async def complete(self, request):
+        wanted = openai_form.read_completion(await _json(request), self._model)
+        return await self._answer(request, wanted, openai_form.Reply(self._model, chat=False))
 
-    def _advance(self):
-        """One token for every running request: of its prompt as long as there are any, then of its answer."""
-        batch = np.zeros((self.slots + 1, 1), np.int32)
-        active = np.zeros(self.slots + 1, bool)
-        for slot, request in enumerate(self.requests):
-            if request:
-                batch[slot, 0] = request.waiting.popleft()
-                active[slot] = True
-        following, runs = self._step(batch, active)
-        finished = np.zeros(self.slots + 1, bool)
-        for slot, request in enumerate(self.requests):
-            if not request:
-                continue
-            if not runs[slot]:
-                raise gguf_model.ModelError(f"request {request.number} is longer than the cache or the model's context")
-            request.seen += 1
-            if request.waiting:
-                continue
-            token = int(following[slot])
-            ends = token in self.stop_ids
-            if not ends:
-                request.answer.append(token)
-                request.waiting.append(token)
-            if ends or len(request.answer) == self.max_tokens:
-                finished[slot] = True
-        if finished.any():
-            self.table = release(self.table, finished)
-        for slot in np.flatnonzero(finished):
-            request, self.requests[slot] = self.requests[slot], None
-            yield request
+    async def _answer(self, request, wanted: openai_form.Wanted, reply: openai_form.Reply):
+        prompt = await asyncio.to_thread(self._prompt, wanted)  # long ones take a while
+        run = _Run(self._engine, self._text, wanted, prompt, self._max_tokens)
+        if wanted.stream:
+            return _EventStream(run, reply, wanted.include_usage)
+        answer = asyncio.create_task(run.whole())
+        gone = asyncio.create_task(_disconnect(request))
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return JSONResponse(reply.whole(answer.result(), run.reason, run.usage()))
+            return JSONResponse({}, status_code=499)  # nobody reads it
+        finally:
+            run.cancel()
+            answer.cancel()
+            gone.cancel()
 
-    def _step(self, batch, active):
-        following, runs, self.caches, self.table = step(
-            self.weights, batch, active, self.caches, self.table, config=self.config
-        )
-        self.steps += 1
-        self.fed += int(np.sum(active)) * batch.shape[1]
-        return np.asarray(following), np.asarray(runs)
+    def _prompt(self, wanted: openai_form.Wanted) -> list[int]:
+        where = "messages" if wanted.messages else "prompt"
+        try:
+            if wanted.messages:
+                prompt = self._text.encode_messages(wanted.messages)
+            elif isinstance(wanted.prompt, str):
+                prompt = self._text.encode(wanted.prompt)
+            else:
+                prompt = self._text.check(wanted.prompt)
+        except gguf_model.ModelError as error:
+            raise openai_form.BadRequest(str(error), where) from error
+        if not prompt:
+            raise openai_form.BadRequest("the prompt is empty", where)
+        return prompt
 
 
-def common_prefix(sequences):
-    """What all of them begin with, short of the last token of the shortest: that one has to be answered."""
-    shortest = min(sequences, key=len)
-    shared = sum(itertools.takewhile(bool, (len({ids[i] for ids in sequences}) == 1 for i in range(len(shortest)))))
-    return shortest[: min(shared, len(shortest) - 1)]
+class _Run:
+    """One request's way through the engine, seen from the event loop."""
+
+    def __init__(self, running, text, wanted, prompt, max_tokens):
+        loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def emit(*event):
+            with contextlib.suppress(RuntimeError):  # the loop may be closed already
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        # Who does not say how long the answer may be gets what there is room for.
+        limit = wanted.max_tokens or max(1, min(max_tokens, running.context - len(prompt)))
+        self._engine, self._text = running, openai_form.Text(text.stream(), wanted.stop)
+        self._request = engine.Request(prompt, limit, emit, wanted.temperature, wanted.top_p, wanted.seed)
+        self.reason, self._answered = None, 0
+        try:
+            running.submit(self._request)
+        except engine.TooLong as error:
+            where = "messages" if wanted.messages else "prompt"
+            raise openai_form.BadRequest(str(error), where, "context_length_exceeded") from error
+
+    async def parts(self):
+        """Yields text; then `reason` says why it ends."""
+        while self.reason is None:
+            tokens, self.reason = await self._events.get()
+            self._answered += len(tokens)
+            text = self._text.add(tokens, last=self.reason is not None)
+            if self._text.stopped:
+                self.reason = "stop"
+            if self.reason in ("error", "cancelled"):
+                raise Stopped("the server has stopped")
+            if text:
+                yield text
+
+    async def whole(self) -> str:
+        return "".join([part async for part in self.parts()])
+
+    def usage(self) -> dict:
+        return openai_form.usage(len(self._request.prompt), self._answered, self._request.shared)
+
+    def cancel(self) -> None:
+        """Frees what the request still has; one that is finished has nothing."""
+        self._engine.cancel(self._request)
+
+
+class _EventStream(StreamingResponse):
+    """An answer as server-sent events. However it ends, also by the client's going away, the request ends with it."""
+
+    def __init__(self, run: _Run, reply: openai_form.Reply, include_usage: bool):
+        self._run = run
+        super().__init__(self._events(run, reply, include_usage), media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.cancel()
+
+    @staticmethod
+    async def _events(run, reply, include_usage):
+        try:
+            if first := reply.first():
+                yield _event(first)
+            async for text in run.parts():
+                yield _event(reply.part(text, None))
+            yield _event(reply.part("", run.reason))
+            if include_usage:
+                yield _event(reply.usage(run.usage()))
+            yield "data: [DONE]\n\n"
+        except Stopped as error:  # the status is sent already
+            yield _event(openai_form.error(str(error), "server_error"))
+
+
+def _event(content: dict) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def _json(request):
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > _MAX_BODY:
+            raise openai_form.BadRequest(f"the body is larger than {_MAX_BODY} bytes", status=413)
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise openai_form.BadRequest(f"the body is not JSON: {error}") from error
+
+
+async def _disconnect(request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _bad_request(_, error):
+    return JSONResponse(openai_form.error(str(error), param=error.param, code=error.code), error.status)
+
+
+async def _http_error(request, error):
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return JSONResponse(openai_form.error(message), error.status_code, error.headers)
+
+
+async def _stopped(_, error):
+    return JSONResponse(openai_form.error(str(error), "server_error"), 503)
+
+
+async def _server_error(_, error):
+    return JSONResponse(openai_form.error(str(error), "server_error"), 500)
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, help="a GGUF file (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    parser.add_argument("--slots", type=int, default=16, help="how many requests run at once (default: 16)")
+    parser.add_argument("--context", type=int, default=0, help="tokens of the longest request (default: up to 8192)")
     parser.add_argument(
-        "--prompts", type=pathlib.Path, help="a text file, one prompt a line (default: eight of our own)"
+        "--pages", type=int, default=0, help="of the cache (default: 512 tokens a slot, or one context)"
     )
-    parser.add_argument("--slots", type=int, default=4, help="how many requests run at once (default: 4)")
-    parser.add_argument("--pages", type=int, default=0, help="size of the pool (default: enough for every slot)")
     parser.add_argument("--page-size", type=int, default=16, help="tokens of a page, a multiple of 8 (default: 16)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: 64)")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of prompts per turn (default: 512, 128 on CPU)")
+    parser.add_argument("--burst", type=int, default=0, help="tokens of each answer per turn (default: 4, 1 on CPU)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer that names no limit (default: 512)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, float32 on CPU")
+    parser.add_argument("--bench", type=int, metavar="N", help="do not serve; time N requests at once and one by one")
     arguments = parser.parse_args(argv)
-    if min(arguments.slots, arguments.max_tokens) < 1 or arguments.pages < 0:
-        parser.error("--slots and --max-tokens must be at least 1, and --pages not negative")
+    on_cpu = jax.default_backend() == "cpu"
+    arguments.chunk = arguments.chunk or (128 if on_cpu else 512)
+    arguments.burst = arguments.burst or (1 if on_cpu else 4)
+    arguments.dtype = jnp.dtype(arguments.dtype or ("float32" if on_cpu else "bfloat16"))
+    for name in ("slots", "chunk", "burst", "max_tokens", "bench"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.pages < 0 or arguments.context < 0:
+        parser.error("--pages and --context must not be negative")
     if arguments.page_size < 8 or arguments.page_size % 8:
         parser.error("--page-size must be a multiple of 8")
+    if not 0 <= arguments.port < 2**16:
+        parser.error("--port must be from 0 to 65535")
     return arguments
+
+
+def create_engine(arguments, config, weights, stop_ids):
+    if arguments.context > config.context_length:
+        raise gguf_model.ModelError(f"--context {arguments.context} exceeds the model's {config.context_length}")
+    context = arguments.context or min(config.context_length, 8192)
+    pages = arguments.pages or -(-max(context, 512 * arguments.slots) // arguments.page_size)
+    log(f"{arguments.slots} slots, {pages} pages of {arguments.page_size} tokens, {arguments.dtype}")
+    return engine.Engine(
+        config,
+        weights,
+        arguments.dtype,
+        context=context,
+        slots=arguments.slots,
+        num_pages=pages,
+        page_size=arguments.page_size,
+        chunk=arguments.chunk,
+        burst=arguments.burst,
+        stop_ids=stop_ids,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the port. Nobody can connect before the server listens to it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+        return bound
+    except OSError as error:
+        raise gguf_model.ModelError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app, started: str):
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        self._started = started
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        log(self._started)
+
+    def stop(self):
+        self.should_exit = True
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    dtype = jnp.dtype(arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    config, weights, metadata = gguf_model.load(arguments.model or gguf_model.default_path(), dtype)
+    arguments.model = arguments.model or gguf_model.default_path()
+    if arguments.bench:
+        running, _ = load(arguments)
+        serve_bench.run(running, arguments.bench)
+        return
+    with bind(arguments.host, arguments.port) as bound:
+        running, text = load(arguments)
+        name = arguments.model.stem
+        front = Front(running, text, name, max_tokens=arguments.max_tokens, stop=lambda: server.stop())
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        server = _Server(front.app(), f"serving {name!r} on http://{host}:{bound.getsockname()[1]}/v1")
+        server.run(sockets=[bound])
+    if front.failed:
+        sys.exit("serve.py: the engine failed")
+
+
+def load(arguments):
+    """The engine, compiled, and the tokenizer of the model that the options name."""
+    begin = time.perf_counter()
+    config, weights, metadata = gguf_model.load(arguments.model, arguments.dtype)
     text = tokenizer.ChatTokenizer(metadata)
-    try:
-        lines = PROMPTS if arguments.prompts is None else arguments.prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise gguf_model.ModelError(f"{arguments.prompts}: {error}") from error
-    prompts = [(line, text.encode_chat(line)) for line in lines if line.strip()]
-    if not prompts:
-        raise gguf_model.ModelError("there are no prompts")
-    if not all(ids for _, ids in prompts):
-        raise gguf_model.ModelError("the prompt is empty")
-    longest = max(len(ids) for _, ids in prompts) + arguments.max_tokens
-    if longest > config.context_length:
-        raise gguf_model.ModelError(f"{longest} tokens exceed the model's context of {config.context_length}")
-    pages = arguments.pages or (arguments.slots + 1) * -(-longest // arguments.page_size)
-    server = Server(
-        config,
-        weights,
-        dtype,
-        slots=arguments.slots,
-        num_pages=pages,
-        page_size=arguments.page_size,
-        max_tokens=arguments.max_tokens,
-        stop_ids=text.stop_ids,
-    )
-    log(f"{len(prompts)} requests, {arguments.slots} slots, {pages} pages of {arguments.page_size} tokens, {dtype}")
-    begin, generated = time.perf_counter(), 0
-    with tqdm(total=len(prompts), unit="request", file=sys.stderr) as bar:
-        for request in server.serve(prompts):
-            generated += len(request.answer)
-            seconds = time.perf_counter() - begin
-            tqdm.write(f"[{request.number}] {request.prompt}\n{text.decode(request.answer).strip()}\n", file=sys.stdout)
-            bar.set_postfix_str(f"{generated / seconds:.0f} tokens/s")
-            bar.update()
-    seconds = time.perf_counter() - begin
-    log(
-        f"{generated} tokens in {seconds:.1f} s with compilation: {generated / seconds:.0f} tokens/s; "
-        f"{server.steps} steps, {server.fed / server.steps:.1f} tokens a step; {server.prefix} tokens shared by all"
-    )
+    log(f"{arguments.model.name}: loaded in {time.perf_counter() - begin:.1f} s")
+    running = create_engine(arguments, config, weights, text.stop_ids)
+    begin = time.perf_counter()
+    programs = running.compile(lambda runs: tqdm(runs, desc="compiling", unit="program", file=sys.stderr))
+    log(f"compiled {programs} programs in {time.perf_counter() - begin:.1f} s")
+    return running, text
 
 
 def log(message):
@@ -278,3 +370,5 @@ if __name__ == "__main__":
         main()
     except gguf_model.ModelError as error:
         sys.exit(f"serve.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -58,13 +58,17 @@ class ChatTokenizer:
 
     def encode_chat(self, message: str) -> list[int]:
         """A user's message, to be answered. A model without a chat template gets the plain text."""
+        return self.encode_messages([{"role": "user", "content": message}])
+
+    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation, each message with its role, to be answered. Without a chat template: its text, in lines."""
         if self._template is None:
-            return self.encode(message)
+            return self.encode("\n".join(message["content"] for message in messages))
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
         try:
             text = environment.from_string(self._template).render(
-                messages=[{"role": "user", "content": message}],
+                messages=messages,
                 add_generation_prompt=True,
                 bos_token="" if self._bos is None else self._tokens[self._bos],
                 eos_token="" if self._eos is None else self._tokens[self._eos],
@@ -73,6 +77,13 @@ class ChatTokenizer:
             reason = f"{type(error).__name__}: {error}"
             raise ModelError(f"the model's chat template fails ({reason}); --raw goes without it") from error
         return self._ids(text)
+
+    def check(self, ids: list[int]) -> list[int]:
+        """The same ids, all of them known."""
+        unknown = [i for i in ids if not 0 <= i < len(self._tokens)]
+        if unknown:
+            raise ModelError(f"token ids must be from 0 to {len(self._tokens) - 1}; got {unknown[0]}")
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         try:

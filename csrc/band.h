@@ -55,6 +55,15 @@ JAX_FLASH_HOST_DEVICE DiagonalBand make_diagonal_band(int32_t t, int32_t s, int3
                       right > kMost ? 2 * kMaxLength : d + side(right)};
 }
 
+// What a table leaves of the range of query or key `at`, of `size` valid ones.
+JAX_FLASH_HOST_DEVICE Range cut(Range range, const int32_t* table, int32_t at, int32_t size) {
+  if (table && at >= 0 && at < size) {
+    range.begin = max_i32(range.begin, table[2 * at]);
+    range.end = min_i32(range.end, table[2 * at + 1]);
+  }
+  return range;
+}
+
 // That, cut by the tables of ranges where a call has them.
 struct Band : DiagonalBand {
   const int32_t* key_ranges;    // [T, 2] or null
@@ -78,15 +87,6 @@ struct Band : DiagonalBand {
   JAX_FLASH_HOST_DEVICE int32_t query_end(int32_t j) const {
     const int32_t end = DiagonalBand::query_end(j);
     return query_ranges && j >= 0 && j < S ? min_i32(end, query_ranges[2 * j + 1]) : end;
-  }
-
- private:
-  JAX_FLASH_HOST_DEVICE static Range cut(Range range, const int32_t* table, int32_t at, int32_t size) {
-    if (table && at >= 0 && at < size) {
-      range.begin = max_i32(range.begin, table[2 * at]);
-      range.end = min_i32(range.end, table[2 * at + 1]);
-    }
-    return range;
   }
 };
 

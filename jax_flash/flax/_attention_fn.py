@@ -162,8 +162,8 @@ def attention_fn(
 
 def _check_dropout(rate):
     _validate.static(_NAME, "dropout_rate", rate)
-    number = isinstance(rate, (numbers.Real, np.ndarray, jax.Array)) and not isinstance(rate, bool)
-    if not (number and np.ndim(rate) == 0 and 0 <= float(rate) <= 1):  # nor NaN
+    number = isinstance(rate, numbers.Real) or (isinstance(rate, (np.ndarray, jax.Array)) and rate.ndim == 0)
+    if isinstance(rate, bool) or not (number and 0 <= float(rate) <= 1):  # nor NaN
         raise ValueError(f"{_NAME}: dropout_rate must be a number in [0, 1]; got {rate!r}")
 
 

@@ -131,9 +131,7 @@ class Consumer {
     return work(rounds_ago).query + warpgroup * a.queries;
   }
   __device__ __forceinline__ bool sees_nothing() const { return own.begin >= own.end; }
-  __device__ __forceinline__ Range* row_keys(uint32_t rounds_ago = 0) const {
-    return shared.row_keys[(round - rounds_ago) % 2][warpgroup];
-  }
+  __device__ __forceinline__ Range& row_keys(int r) { return shared.row_keys[warpgroup][row0 + 8 * r]; }
 
   // The first block of a tile, alone.
   __device__ __forceinline__ void first_block() {
@@ -172,7 +170,7 @@ class Consumer {
     ptx::wgmma_wait<0>();
     ptx::pin(rO);
     free_v();
-    store(softmax);
+    store(finished());
   }
 
   // The last O of the tile before this one, and the first block of this one.
@@ -191,7 +189,7 @@ class Consumer {
     ptx::pin(rS);
     free_k(use + 1);
     if (own.end - 1 == own.begin) free_q();
-    const LaggingSoftmax finished = softmax;
+    const LaggingSoftmax before = finished();
     init_softmax();
     soften(own.begin, rS);
     ptx::wgmma_wait<0>();
@@ -199,7 +197,7 @@ class Consumer {
     ptx::pin(rP);
     free_v();
     pack_fragment<Element>(rS, rP);
-    store(finished);
+    store(before);
     prepare_second();
   }
 
@@ -208,9 +206,19 @@ class Consumer {
     if (own.begin + 1 < own.end) wait_k(use + 1);
   }
 
+  // The state of the tile's rows at its end.
+  __device__ __forceinline__ LaggingSoftmax finished() {
+    LaggingSoftmax state = softmax;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row_keys(r).empty()) state.forget(r);
+    }
+    return state;
+  }
+
   // O of the tile before this one.
   __device__ __forceinline__ void store(const LaggingSoftmax& finished) {
-    store_output<Config>(a, shared, work(1), row_keys(1), first_query(1), row0, rO, finished, lane);
+    store_output<Config>(a, shared, work(1), first_query(1), row0, rO, finished, lane);
   }
 
   // S of step n, under use + 1, while O takes the block of the step before, under use.
@@ -258,7 +266,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Range keys = work().band.keys(first_query() + shared.row_query[row0 + 8 * r]);
-      row_keys()[row0 + 8 * r] = keys;
+      row_keys(r) = keys;
       sees[r] = !keys.empty();
     }
     softmax.init(sees);
@@ -286,7 +294,7 @@ class Consumer {
   // What the band hides in step n.
   __device__ __forceinline__ void hide(int32_t n, float (&rS)[kKeys / 2]) {
     const int32_t first = work().key(n) + lane % 4 * 2;
-    const Range keys[2] = {row_keys()[row0], row_keys()[row0 + 8]};
+    const Range keys[2] = {row_keys(0), row_keys(1)};
     const int begin[2] = {keys[0].begin - first, keys[1].begin - first};
     const int end[2] = {keys[0].end - first, keys[1].end - first};
     keep_columns(rS, begin, end, -infinity());

@@ -73,9 +73,8 @@ struct ForwardShared {
   // Row r of a warpgroup is query r / packed of head r % packed; past every T where the group leaves a rest. (Looked
   // up, because registers are dear and it is rarely needed.)
   int32_t row_query[Config::kRows], row_head[Config::kRows];
-  // What each row sees, of this tile and of the one before, whose output may leave meanwhile: once a tile its lanes
-  // find it out, and each reads what it wrote itself.
-  Range row_keys[2][Config::kWarpgroups][Config::kRows];
+  // What each row sees: once a tile its lanes find it out, and each reads what it wrote itself.
+  Range row_keys[Config::kWarpgroups][Config::kRows];
   ForwardWork work[kWorks];
 };
 

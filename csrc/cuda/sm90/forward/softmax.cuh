@@ -142,15 +142,12 @@ struct LaggingSoftmax {
     }
   }
 
-  // What the accumulated output is to be multiplied by (0 for a row that saw nothing), and the LSE, natural log.
-  __device__ __forceinline__ void finish(float (&inverse)[2], float (&lse)[2]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float total = quad_sum(sum[r]);
-      const bool seen = base[r] != -infinity() || total != total;
-      inverse[r] = seen ? ptx::rcp(total) : 0.0f;
-      lse[r] = seen ? (base[r] + ptx::lg2(total)) * kLn2 : -infinity();
-    }
+  // What row r's accumulated output is to be multiplied by (0 if it saw nothing), and its LSE, natural log.
+  __device__ __forceinline__ void finish(int r, float& inverse, float& lse) const {
+    const float total = quad_sum(sum[r]);
+    const bool seen = base[r] != -infinity() || total != total;
+    inverse = seen ? ptx::rcp(total) : 0.0f;
+    lse = seen ? (base[r] + ptx::lg2(total)) * kLn2 : -infinity();
   }
 
  private:

@@ -55,20 +55,17 @@ __device__ __forceinline__ float sink_of(const ForwardArguments& a, const Forwar
 
 template <class Config>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, const ForwardShared<Config>& shared,
-                                             const ForwardWork& work, const Range* row_keys, int32_t first_query,
-                                             int row0, const float (&rO)[Config::kHeadDim / 2], LaggingSoftmax softmax,
+                                             const ForwardWork& work, int32_t first_query, int row0,
+                                             const float (&rO)[Config::kHeadDim / 2], LaggingSoftmax softmax,
                                              int lane) {
   const int32_t H = static_cast<int32_t>(a.shape.H);
-  float inverse[2], lse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    float inverse, lse;
     if (a.sinks) softmax.add_sink(r, sink_of(a, shared, work, first_query, row0 + 8 * r));
-  }
-  softmax.finish(inverse, lse);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
+    softmax.finish(r, inverse, lse);
     const RowTarget row(a, shared, work, first_query, row0 + 8 * r);
-    const bool seen = !row_keys[row0 + 8 * r].empty();
+    if (row.exists && lane % 4 == 0) a.lse[row.lse] = lse;
     uint16_t* const gO = static_cast<uint16_t*>(a.o) + row.output;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 32; ++c) {
@@ -77,17 +74,13 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
       for (int n = 0; n < 4; ++n) {
         const int at = 4 * (4 * c + n) + 2 * r;
         // A choice and not a product where there is nothing: what was accumulated may be NaN.
-        words[n] =
-            inverse[r] != 0.0f ? pack<typename Config::Element>(rO[at] * inverse[r], rO[at + 1] * inverse[r]) : 0;
+        words[n] = inverse != 0.0f ? pack<typename Config::Element>(rO[at] * inverse, rO[at + 1] * inverse) : 0;
       }
       quad_transpose(words, lane);
       const int column = 32 * c + 8 * (lane % 4);
       if (row.exists && column < H) {
         *reinterpret_cast<uint4*>(gO + column) = make_uint4(words[0], words[1], words[2], words[3]);
       }
-    }
-    if (row.exists && lane % 4 == 0) {
-      a.lse[row.lse] = seen ? lse[r] : sink_of(a, shared, work, first_query, row0 + 8 * r);
     }
   }
 }

@@ -39,7 +39,6 @@ struct DiagonalBand {
   int32_t first, last;  // query i sees keys i + first ... i + last, as far as they exist
 
   JAX_FLASH_HOST_DEVICE Range keys(int32_t i) const { return Range{key_begin(i), key_end(i)}; }
-  JAX_FLASH_HOST_DEVICE Range queries(int32_t j) const { return Range{query_begin(j), query_end(j)}; }
   JAX_FLASH_HOST_DEVICE int32_t key_begin(int32_t i) const { return max_i32(0, i + first); }
   JAX_FLASH_HOST_DEVICE int32_t key_end(int32_t i) const { return i < T ? min_i32(S, i + last + 1) : 0; }
   JAX_FLASH_HOST_DEVICE int32_t query_begin(int32_t j) const { return max_i32(0, j - last); }
@@ -55,23 +54,20 @@ JAX_FLASH_HOST_DEVICE DiagonalBand make_diagonal_band(int32_t t, int32_t s, int3
                       right > kMost ? 2 * kMaxLength : d + side(right)};
 }
 
-// What a table leaves of the range of query or key `at`, of `size` valid ones.
-JAX_FLASH_HOST_DEVICE Range cut(Range range, const int32_t* table, int32_t at, int32_t size) {
-  if (table && at >= 0 && at < size) {
-    range.begin = max_i32(range.begin, table[2 * at]);
-    range.end = min_i32(range.end, table[2 * at + 1]);
-  }
-  return range;
-}
-
 // That, cut by the tables of ranges where a call has them.
 struct Band : DiagonalBand {
   const int32_t* key_ranges;    // [T, 2] or null
   const int32_t* query_ranges;  // [S, 2] or null
 
   // Both ends at once: where instructions are dear, so that the tables cost one branch.
-  JAX_FLASH_HOST_DEVICE Range keys(int32_t i) const { return cut(DiagonalBand::keys(i), key_ranges, i, T); }
-  JAX_FLASH_HOST_DEVICE Range queries(int32_t j) const { return cut(DiagonalBand::queries(j), query_ranges, j, S); }
+  JAX_FLASH_HOST_DEVICE Range keys(int32_t i) const {
+    Range range = DiagonalBand::keys(i);
+    if (key_ranges && i >= 0 && i < T) {
+      range.begin = max_i32(range.begin, key_ranges[2 * i]);
+      range.end = min_i32(range.end, key_ranges[2 * i + 1]);
+    }
+    return range;
+  }
   JAX_FLASH_HOST_DEVICE int32_t key_begin(int32_t i) const {
     const int32_t begin = DiagonalBand::key_begin(i);
     return key_ranges && i >= 0 && i < T ? max_i32(begin, key_ranges[2 * i]) : begin;
@@ -150,9 +146,9 @@ template <class AnyBand>
 JAX_FLASH_HOST_DEVICE BlockRange query_blocks(const AnyBand& band, int32_t j0, int32_t j1, int32_t block) {
   const int32_t valid = min_i32(j1, band.S);
   if (j0 >= valid) return BlockRange{0, 0, 0, 0};
-  const Range first = band.queries(j0), last = band.queries(valid - 1);
-  const int32_t all_end = valid < j1 ? 0 : max_i32(0, first.end);
-  return block_range(first.begin, last.end, band.T, last.begin, all_end, block);
+  const int32_t all_end = valid < j1 ? 0 : max_i32(0, band.query_end(j0));
+  return block_range(band.query_begin(j0), band.query_end(valid - 1), band.T, band.query_begin(valid - 1), all_end,
+                     block);
 }
 
 }  // namespace jax_flash

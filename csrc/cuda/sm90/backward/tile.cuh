@@ -6,6 +6,7 @@
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/reduce.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -54,7 +55,7 @@ __device__ __forceinline__ void load_panels(void* sTile, const CUtensorMap* map,
 // K of the pair's other block: the columns of dQ that this block computes.
 template <class C, class Shared>
 __device__ __forceinline__ void load_peer_keys(const BackwardArguments& args, Shared& shared,
-                                               const BackwardWork& work) {
+                                               const BackwardWork<C>& work) {
   const int column = (work.n0 % kSumKeys == 0 ? 0 : 2) * kPanelColumns;
   ptx::mbarrier_arrive_expect(&shared.k_peer_full, sizeof(shared.k_peer));
   for (int p = 0; p < 2; ++p) {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void load_peer_keys(const BackwardArguments& args, Sh
 // The producer: one thread that keeps K, V and the tiles of Q, dO and their statistics coming. walks: with tiles, that
 // the thread block has made before.
 template <class C, class Shared>
-__device__ __forceinline__ void produce(const BackwardArguments& args, Shared& shared, const BackwardWork& work,
+__device__ __forceinline__ void produce(const BackwardArguments& args, Shared& shared, const BackwardWork<C>& work,
                                         int32_t tile, int32_t walks) {
   constexpr uint32_t kKeyBytes = C::kPanels * C::kN * kPanelRowBytes;
   constexpr uint32_t kQueryBytes = C::kPanels * C::kM * kPanelRowBytes, kStatisticBytes = C::kM * sizeof(float);
@@ -101,8 +102,24 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
   }
 }
 
-// Rows [begin, rows) of a tile become zero: what lies past a sequence's length may be NaN, and 0 * NaN is not 0. Each
-// consumer does it for itself, so that they need not meet.
+// Rows of a query tile that see nothing become zero: a gradient that comes back to one may be NaN, as may all that lies
+// past a sequence's length, and 0 * NaN is not 0. Each consumer does it for itself, so that they need not meet. (Unrolled
+// loops, or the rows found from the band, took registers from the steps around.)
+__device__ __forceinline__ void clear_unseen_rows(void* sTile, int panels, int rows, const float* lse2, int w,
+                                                  int thread) {
+#pragma unroll 1
+  for (int row = thread / 8; row < rows; row += 16) {
+    if (lse2[row] != infinity()) continue;
+    for (int p = 0; p < panels; ++p) {
+      uint4* sRow = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + (p * rows + row) * kPanelRowBytes);
+      sRow[thread % 8] = uint4{0, 0, 0, 0};
+    }
+  }
+  ptx::fence_async_shared();
+  ptx::named_barrier_sync(kWarpgroup + w, 128);
+}
+
+// Rows [begin, rows) of a tile of K or V likewise.
 __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, int begin, int w, int thread) {
   for (int p = 0; p < panels; ++p) {
     uint4* sPanel = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + p * rows * kPanelRowBytes);
@@ -112,21 +129,25 @@ __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, in
   ptx::named_barrier_sync(kWarpgroup + w, 128);
 }
 
-// Waits for a query tile and clears what lies past the sequence's queries. What is compared after the wait is read
-// before it: behind the wait its latency would come before the products.
+// Waits for a query tile and clears the rows that see nothing; lse2: of its rows. What is compared after the wait is
+// read before it: behind the wait its latency would come before the products.
 template <class C>
-__device__ __forceinline__ void wait_query_tile(const BackwardWork& work, void* sTile, uint64_t* full, uint32_t parity,
-                                                int32_t m, int w, int thread) {
-  const int32_t first_short = work.first_short;
-  ptx::mbarrier_wait(full, parity);
-  if (m >= first_short) {
-    clear_rows(sTile, C::kPanels, C::kM, max_i32(0, work.band.T - m * C::kM), w, thread);
+__device__ __forceinline__ void wait_query_tile(const BackwardWork<C>& work, void* sTile, uint64_t* full,
+                                                uint32_t parity, int32_t m, const float* lse2, int w, int thread) {
+  if constexpr (C::kRanges) {
+    const int32_t full_begin = work.tiles.full_begin, full_end = work.tiles.full_end;
+    ptx::mbarrier_wait(full, parity);
+    if (m < full_begin || m >= full_end) clear_unseen_rows(sTile, C::kPanels, C::kM, lse2, w, thread);
+  } else {
+    const int32_t first_careful = work.first_careful;
+    ptx::mbarrier_wait(full, parity);
+    if (m >= first_careful) clear_unseen_rows(sTile, C::kPanels, C::kM, lse2, w, thread);
   }
 }
 
-// The same for `panels` panels of K or V, keys n0 ...
+// Waits for `panels` panels of K or V, keys n0 ..., and clears what lies past the sequence's keys.
 template <class C>
-__device__ __forceinline__ void wait_key_tile(const BackwardArguments& args, const BackwardWork& work, void* sTile,
+__device__ __forceinline__ void wait_key_tile(const BackwardArguments& args, const BackwardWork<C>& work, void* sTile,
                                               int panels, int32_t n0, uint64_t* full, uint32_t parity, int w,
                                               int thread) {
   ptx::mbarrier_wait(full, parity);
@@ -209,7 +230,7 @@ __device__ __forceinline__ float capped_probability(float tanh_score, float log2
 // s: products, [64 keys, M queries] -> probabilities, or with a softcap tanh(...); p: probabilities, packed. tiles:
 // work.tiles, read by the caller before it issues products.
 template <class C, bool kCapped>
-__device__ __forceinline__ void probabilities(const BackwardArguments& args, const BackwardWork& work,
+__device__ __forceinline__ void probabilities(const BackwardArguments& args, const BackwardWork<C>& work,
                                               float (&s)[C::kM / 2], uint32_t (&p)[C::kM / 4],
                                               const RowStatistic<C>& lse2, const BlockRange& tiles, int32_t m,
                                               int32_t key, int lane) {
@@ -219,7 +240,7 @@ __device__ __forceinline__ void probabilities(const BackwardArguments& args, con
   }
   if (m < tiles.full_begin || m >= tiles.full_end) {
     const int32_t first = m * C::kM + lane % 4 * 2;
-    const DiagonalBand& band = work.band;
+    const typename C::Band& band = work.band;
     const int begin[2] = {band.query_begin(key) - first, band.query_begin(key + 8) - first};
     const int end[2] = {band.query_end(key) - first, band.query_end(key + 8) - first};
     keep_columns(s, begin, end, kCapped ? kHiddenTanh : 0.0f);
@@ -284,7 +305,7 @@ __device__ __forceinline__ void store_transposed(void* sPanel, const uint32_t (&
 // panel_bytes.
 template <class C>
 __device__ __forceinline__ void store_key_gradient(void* sRows, int panel_bytes, const CUtensorMap* map,
-                                                   float (&acc)[C::kH / 2], float scale, const BackwardWork& work,
+                                                   float (&acc)[C::kH / 2], float scale, const BackwardWork<C>& work,
                                                    int32_t row0, int w, int thread) {
 #pragma unroll
   for (int i = 0; i < C::kH / 2; ++i) acc[i] *= scale;
@@ -299,6 +320,18 @@ __device__ __forceinline__ void store_key_gradient(void* sRows, int panel_bytes,
       ptx::tma_store_4d(map, static_cast<char*>(sRows) + p * panel_bytes, p * kPanelColumns, work.kh, row0, work.b);
     }
     ptx::bulk_commit();
+  }
+}
+
+// The same, where parts of a group add to it: unscaled, to the sums of dK (which: 0) or dV (1).
+template <class C>
+__device__ __forceinline__ void add_key_gradient(const BackwardArguments& args, const float (&acc)[C::kH / 2],
+                                                 const BackwardWork<C>& work, int which, int32_t row0, int thread) {
+  const int64_t kv_head = static_cast<int64_t>(work.b) * args.shape.K + work.kh;
+  float* gSums = key_sums<C>(args, kv_head, which, row0) + thread * 4;
+#pragma unroll
+  for (int i = 0; i < C::kH / 8; ++i) {
+    ptx::red_add_v4(gSums + i * 512, acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
   }
 }
 

@@ -29,8 +29,8 @@ inline constexpr Features kBackwardFeatures =
 inline constexpr Features kKvcacheFeatures = kNeedsBand | kNeedsLengths | kNeedsSoftcap | kNeedsUnaligned |
                                              kNeedsAppend | kNeedsRotary | kNeedsPages | kNeedsBatchIndex |
                                              kNeedsLeftpad | kNeedsSplits;
-// TMA wants tensors that begin at multiples of 16 bytes. The ordered sums of Hopper's backward count their key blocks in
-// 16 bits.
+// TMA wants tensors that begin at multiples of 16 bytes. The ordered sums of Hopper's backward count their key blocks
+// in 16 bits.
 inline constexpr Features kNotOnHopper = kNeedsMask | kNeedsUnaligned;
 inline constexpr Features kNotInHoppersBackward = kNotOnHopper | kNeedsManyOrdered;
 

@@ -86,9 +86,7 @@ def seconds_beside(holder, call, *args):
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_no_block_waits_for_one_that_cannot_run(H, causal, holder):
     rng = np.random.default_rng(0)
-    q, k, v, d_out = (
-        jnp.asarray(rng.standard_normal((2, 4096, heads, H)), jnp.bfloat16) for heads in (8, 4, 4, 8)
-    )
+    q, k, v, d_out = (jnp.asarray(rng.standard_normal((2, 4096, heads, H)), jnp.bfloat16) for heads in (8, 4, 4, 8))
 
     @jax.jit
     def forward(q, k, v):

@@ -23,13 +23,8 @@ __device__ __forceinline__ SumTile sum_tile(const BackwardArguments& args, int64
   const int64_t key_block = block - args.shape.B * N * tiles;
   if (key_block < 0) {
     const int head = static_cast<int>(block / tiles);
-    return {args.workspace.dq + block * C::kM * C::kH,
-            &args.dq,
-            args.softmax_scale,
-            head / N,
-            head % N,
-            static_cast<int>(block % tiles) * C::kM,
-            args.shape.T};
+    return {args.workspace.dq + block * C::kM * C::kH, &args.dq,    args.softmax_scale, head / N, head % N,
+            static_cast<int>(block % tiles) * C::kM,   args.shape.T};
   }
   const int key_tiles = static_cast<int>(args.workspace.keys / C::kM);
   const int array = static_cast<int>(key_block / key_tiles);  // (b K + kh) 2 + which

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/device.h"
 #include "cuda/sm90/backward/convert.cuh"
@@ -37,6 +36,21 @@ cudaError_t launch(void (*kernel)(Arguments...), int64_t blocks, int threads, si
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// How many parts a group of query heads is walked in: 1, or G, each head apart. Apart is dearer, as dK and dV are added
+// up in the workspace, but thread blocks whose walks differ in length are soon in different heads of a group, and then
+// Q, dO and the sums of dQ of all heads of all groups that are begun have to stay in L2.
+inline int64_t group_parts(const BackwardParams& p, int64_t key_blocks, int64_t walks_at_once) {
+  constexpr int64_t kL2Bytes = 48 << 20;
+  const Shape& s = p.shape;
+  const bool differ = (p.band.left <= kMaxLength) != (p.band.right <= kMaxLength);
+  if (!differ || p.deterministic) return 1;
+  // Pairs have been seen to do it where every walk has tiles; at a head dim of 192 it gains nothing.
+  const bool every_walk_has_tiles = s.T == s.S && !p.band.q_lengths && !p.band.kv_lengths && !p.band.diagonal;
+  if (s.H > 128 && (head_dim_bucket(s.H) == 192 || !every_walk_has_tiles)) return 1;
+  const int64_t groups = std::min(s.B * s.K, walks_at_once / key_blocks + 1);
+  return groups * s.G * s.T * head_dim_bucket(s.H) * 8 > kL2Bytes ? s.G : 1;
+}
+
 using BackwardKernel = void (*)(BackwardArguments);
 
 // The main kernel is that of C or of its like with ranges, which share the other two.
@@ -66,14 +80,13 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   args.tanh_scale = transform.scale_in;
   args.log2_scale = transform.softcap > 0 ? transform.log2_scale : p.score.softmax_scale * kLog2e;
   args.key_blocks = static_cast<int32_t>((s.S + kSumKeys - 1) / kSumKeys);
-  args.parts = 1;
-  if (const char* e = std::getenv("JF_P"); e && !p.deterministic) args.parts = std::atoi(e) == 1 ? s.G : 1;
+  const int64_t walks_at_once = device.multiprocessors / C::kBlocks;
+  args.parts = static_cast<int32_t>(group_parts(p, args.key_blocks, walks_at_once));
   args.part_heads = static_cast<int32_t>(s.G / args.parts);
   const int64_t parts = s.B * s.K * args.parts;
   args.all_walks = static_cast<int32_t>(parts * args.key_blocks);
   // Enough of them that their work fills all blocks for longer than the longest walk takes.
-  int64_t parts_at_end = (2 * device.multiprocessors / C::kBlocks + args.key_blocks - 1) / args.key_blocks;
-  if (const char* e = std::getenv("JF_L"); e && std::atoi(e)) parts_at_end = std::atoi(e);
+  const int64_t parts_at_end = (2 * walks_at_once + args.key_blocks - 1) / args.key_blocks;
   args.last_parts = p.band.right > kMaxLength ? 1 : static_cast<int32_t>(std::min(parts_at_end, parts));
   args.deterministic = p.deterministic;
   args.workspace = make_backward_workspace(p.workspace, s);
@@ -88,7 +101,7 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   const int64_t sum_rows = rows + (args.parts > 1 ? s.B * s.K * 2 * args.workspace.keys : 0);
   error = launch(backward_stats_kernel<C>, sum_rows / kStatsRows, kStatsThreads, 0, false, stream, args);
   if (error != cudaSuccess) return error;
-  const int64_t clusters = std::min<int64_t>(args.all_walks, device.multiprocessors / C::kBlocks);
+  const int64_t clusters = std::min<int64_t>(args.all_walks, walks_at_once);
   error = launch(kernel, clusters * C::kBlocks, C::kThreads, shared_bytes, true, stream, args);
   if (error != cudaSuccess) return error;
   return launch(backward_convert_kernel<C>, sum_rows / C::kM, C::kDqParts * 128, 0, true, stream, args);
@@ -103,17 +116,19 @@ cudaError_t launch_instance(const BackwardParams& p, const Device& device, cudaS
   if constexpr (kHeadDim <= 128) {
     using C = SplitKeysConfig<T, kHeadDim, false>;
     using WithRanges = SplitKeysConfig<T, kHeadDim, true>;
-    return launch_backward<C>(p, device,
-                              choose(backward_split_keys_kernel<C, true>, backward_split_keys_kernel<C, false>,
-                                     backward_split_keys_kernel<WithRanges, true>, backward_split_keys_kernel<WithRanges, false>),
-                              ranges ? sizeof(SplitKeysShared<WithRanges>) : sizeof(SplitKeysShared<C>), stream);
+    return launch_backward<C>(
+        p, device,
+        choose(backward_split_keys_kernel<C, true>, backward_split_keys_kernel<C, false>,
+               backward_split_keys_kernel<WithRanges, true>, backward_split_keys_kernel<WithRanges, false>),
+        ranges ? sizeof(SplitKeysShared<WithRanges>) : sizeof(SplitKeysShared<C>), stream);
   } else {
     using C = SplitRolesConfig<T, kHeadDim, false>;
     using WithRanges = SplitRolesConfig<T, kHeadDim, true>;
-    return launch_backward<C>(p, device,
-                              choose(backward_split_roles_kernel<C, true>, backward_split_roles_kernel<C, false>,
-                                     backward_split_roles_kernel<WithRanges, true>, backward_split_roles_kernel<WithRanges, false>),
-                              ranges ? sizeof(SplitRolesShared<WithRanges>) : sizeof(SplitRolesShared<C>), stream);
+    return launch_backward<C>(
+        p, device,
+        choose(backward_split_roles_kernel<C, true>, backward_split_roles_kernel<C, false>,
+               backward_split_roles_kernel<WithRanges, true>, backward_split_roles_kernel<WithRanges, false>),
+        ranges ? sizeof(SplitRolesShared<WithRanges>) : sizeof(SplitRolesShared<C>), stream);
   }
 }
 

@@ -25,10 +25,11 @@ struct alignas(1024) SplitRolesShared {
   uint64_t k_full, v_full, k_peer_full;
   uint64_t q_full[C::kStages], q_empty[C::kStages];
   uint64_t do_full[C::kStages], do_empty[C::kStages];
-  uint64_t ds_peer_full;  // dS of the other block has come
-  uint64_t ds_sent;       // dS has come to the other block
-  uint64_t ds_sent_free;  // the other block has read the dS that was sent to it
-  uint64_t keys_empty;    // dK and dV have left the buffers of K and V
+  uint64_t q_raw[C::kStages], do_raw[C::kStages];  // the same where rows are to be cleared first: see clear_all
+  uint64_t ds_peer_full;                           // dS of the other block has come
+  uint64_t ds_sent;                                // dS has come to the other block
+  uint64_t ds_sent_free;                           // the other block has read the dS that was sent to it
+  uint64_t keys_empty;                             // dK and dV have left the buffers of K and V
   // The pair's next key block, from its first block's producer to the other's.
   uint64_t ticket_full, ticket_empty;
   uint32_t ticket;

@@ -8,8 +8,9 @@
 // of dV and dK and never leave its registers. Only dS goes through shared memory, for dQ, which sums over the keys of
 // both.
 //
-// Of the first warpgroup, one thread of warp 0 loads by TMA, and one each of warps 1 and 2 adds the finished dQ of a
-// consumer to the workspace. Thread blocks stay: while one's dK and dV leave, its next tiles are on their way.
+// Of the first warpgroup, one thread of warp 0 loads by TMA, one each of warps 1 and 2 adds the finished dQ of a
+// consumer to the workspace, and warp 3 clears rows of Q and dO that see nothing. Thread blocks stay: while one's dK
+// and dV leave, its next tiles are on their way.
 //
 // The tensor core has something queued while a consumer does arithmetic: dP runs under the exponentials, dV under dS,
 // and the next tile's S under the hand-over of dQ.
@@ -37,6 +38,7 @@ struct alignas(1024) SplitKeysShared {
   uint64_t k_full, v_full, keys_empty;
   uint64_t q_full[C::kStages], q_empty[C::kStages];
   uint64_t do_full[C::kStages], do_empty[C::kStages];
+  uint64_t q_raw[C::kStages], do_raw[C::kStages];  // the same where rows are to be cleared first: see clear_all
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];  // filled and emptied by both consumers
   uint64_t dq_full[2], dq_empty[2];                          // by consumer
   BackwardWalks<C> walks;
@@ -44,8 +46,8 @@ struct alignas(1024) SplitKeysShared {
 
 // ---- walks --------------------------------------------------------------------------------------------------------
 
-// Those who read what a walk is: eight consumer warps and two writers.
-inline constexpr int kWalkReaders = 8 + 2;
+// Those who read what a walk is: eight consumer warps, two writers, and the warp that clears.
+inline constexpr int kWalkReaders = 8 + 2 + 1;
 
 // The first walk of each thread block needs no counter, unless they add in order: a thread block must not wait for the
 // turn of one that may have no place to run.
@@ -142,12 +144,10 @@ struct SplitKeysConsumer {
   }
 
   __device__ __forceinline__ void wait_q(const BackwardStep& step) {
-    wait_query_tile<C>(work, shared.q[step.stage<C>()], &shared.q_full[step.stage<C>()], step.parity<C>(), step.m,
-                       shared.lse2[step.stage<C>()], w, thread);
+    ptx::mbarrier_wait(&shared.q_full[step.stage<C>()], step.parity<C>());
   }
   __device__ __forceinline__ void wait_do(const BackwardStep& step) {
-    wait_query_tile<C>(work, shared.d_o[step.stage<C>()], &shared.do_full[step.stage<C>()], step.parity<C>(), step.m,
-                       shared.lse2[step.stage<C>()], w, thread);
+    ptx::mbarrier_wait(&shared.do_full[step.stage<C>()], step.parity<C>());
   }
   // The whole warp is done with something that others wait for.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
@@ -360,7 +360,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_give<C::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (warp < 3 && ptx::elect_one()) {
+    if (warp == 3) {
+      clear_all<C>(args, shared);
+    } else if (ptx::elect_one()) {
       if (warp == 0) {
         produce_all<C>(args, shared);
       } else {

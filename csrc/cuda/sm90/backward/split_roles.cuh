@@ -22,17 +22,11 @@
 
 namespace jax_flash::sm90 {
 
-// lse2 of the tile at `step`, in the workspace.
-template <class C>
-__device__ __forceinline__ const float* lse2_rows(const PairedDq<C>& paired, const BackwardStep& step) {
-  return paired.args.workspace.lse2 + sum_row<C>(paired.args, paired.work, step.m, step.g);
-}
-
-// Straight from there. Asked for under products it costs nothing.
+// lse2 of the tile at `step`, straight from the workspace. Asked for under products it costs nothing.
 template <class C>
 __device__ __forceinline__ RowStatistic<C> load_lse2(const PairedDq<C>& paired, const BackwardStep& step) {
   RowStatistic<C> lse2;
-  lse2.load(lse2_rows(paired, step), paired.thread % 32);
+  lse2.load(paired.args.workspace.lse2 + sum_row<C>(paired.args, paired.work, step.m, step.g), paired.thread % 32);
   return lse2;
 }
 
@@ -95,7 +89,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   for (int i = 0; i < C::kM / 16; ++i) sP[32 * i] = make_uint4(p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]);
   ptx::named_barrier_arrive(kPReady, C::kConsumers);
 
-  wait_query_tile<C>(paired.work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, lse2_rows(paired, step), 0, thread);
+  ptx::mbarrier_wait(&shared.do_full[stage], step.parity<C>());
   issue_key_gradient<C>(dv, p, do_tile + stage * kQueryStep<C>);
 
   const BackwardStep done = step;
@@ -103,7 +97,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   if constexpr (!kLast) {
     const int next = step.stage<C>();
     float s[C::kM / 2];
-    wait_query_tile<C>(paired.work, shared.q[next], &shared.q_full[next], step.parity<C>(), step.m, lse2_rows(paired, step), 0, thread);
+    ptx::mbarrier_wait(&shared.q_full[next], step.parity<C>());
     issue_products<C>(s, k_tile, q_tile + next * kQueryStep<C>);
     const RowStatistic<C> lse2 = load_lse2(paired, step);
     ptx::wgmma_wait<1>();
@@ -139,7 +133,7 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 0, thread);
     wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 0, thread);
     const int stage = step.stage<C>();
-    wait_query_tile<C>(work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, lse2_rows(paired, step), 0, thread);
+    ptx::mbarrier_wait(&shared.q_full[stage], step.parity<C>());
     issue_products<C>(s, k_tile, q_tile + stage * kQueryStep<C>);
     take_probabilities<C, kCapped>(paired, step, s, load_lse2(paired, step), p);
 
@@ -170,7 +164,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
   uint32_t p[C::kM / 4], ds[C::kM / 4];
-  wait_query_tile<C>(paired.work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, lse2_rows(paired, step), 1, thread);
+  ptx::mbarrier_wait(&shared.q_full[stage], step.parity<C>());
 
   ptx::named_barrier_sync(kPReady, C::kConsumers);
   const uint4* sP = packed_p<C>(shared, thread);
@@ -199,7 +193,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   step.next(paired.work);
   if constexpr (!kLast) {
     const int next = step.stage<C>();
-    wait_query_tile<C>(paired.work, shared.d_o[next], &shared.do_full[next], step.parity<C>(), step.m, lse2_rows(paired, step), 1, thread);
+    ptx::mbarrier_wait(&shared.do_full[next], step.parity<C>());
     issue_products<C>(dp, v_tile, do_tile + next * kQueryStep<C>);
     ptx::wgmma_wait<1>();
   } else {
@@ -218,7 +212,8 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume_gradients(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                                  const BackwardWork<C>& work, int32_t tile, int32_t walks, int thread) {
+                                                  const BackwardWork<C>& work, int32_t tile, int32_t walks,
+                                                  int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dk[C::kH / 2];
@@ -237,7 +232,7 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 1, thread);
     wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 1, thread);
     const int stage = step.stage<C>();
-    wait_query_tile<C>(work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, lse2_rows(paired, step), 1, thread);
+    ptx::mbarrier_wait(&shared.do_full[stage], step.parity<C>());
     issue_products<C>(dp, v_tile, do_tile + stage * kQueryStep<C>);
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
@@ -263,8 +258,8 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
 
 // ---- walks --------------------------------------------------------------------------------------------------------
 
-// Those who read what a walk is: eight consumer warps and the thread that acknowledges.
-inline constexpr int kPairWalkReaders = 8 + 1;
+// Those who read what a walk is: eight consumer warps, the thread that acknowledges, and the warp that clears.
+inline constexpr int kPairWalkReaders = 8 + 1 + 1;
 
 template <class C>
 __device__ __forceinline__ void produce_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared) {
@@ -328,7 +323,9 @@ __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads
   if (warpgroup == 0) {
     ptx::registers_give<C::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (warp < 2 && ptx::elect_one()) {
+    if (warp == 2) {
+      clear_all<C>(args, shared);
+    } else if (warp < 2 && ptx::elect_one()) {
       if (warp == 0) {
         produce_pairs<C>(args, shared);
       } else {

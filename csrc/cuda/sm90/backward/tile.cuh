@@ -35,6 +35,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
   for (int i = 0; i < C::kStages; ++i) {
     ptx::mbarrier_init(&shared.q_full[i], 1);
     ptx::mbarrier_init(&shared.do_full[i], 1);
+    ptx::mbarrier_init(&shared.q_raw[i], 1);
+    ptx::mbarrier_init(&shared.do_raw[i], 1);
     ptx::mbarrier_init(&shared.q_empty[i], C::kConsumers / 32);
     ptx::mbarrier_init(&shared.do_empty[i], C::kConsumers / 32);
   }
@@ -79,12 +81,16 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
     const int head = work.kh * G + step.g;
     const int64_t row = query_head(args, work, step.g) * args.workspace.rows + m0;
 
+    const bool careful = work.careful(step.m);
+    uint64_t* q_full = careful ? &shared.q_raw[stage] : &shared.q_full[stage];
+    uint64_t* do_full = careful ? &shared.do_raw[stage] : &shared.do_full[stage];
+
     ptx::mbarrier_wait(&shared.q_empty[stage], free_parity);
     // In a pair the scores read lse2 where it is.
-    ptx::mbarrier_arrive_expect(&shared.q_full[stage], kQueryBytes + (C::kBlocks == 1 ? kStatisticBytes : 0));
-    load_panels<C>(shared.q[stage], &args.q, &shared.q_full[stage], C::kM, m0, head, work.b);
+    ptx::mbarrier_arrive_expect(q_full, kQueryBytes + (C::kBlocks == 1 ? kStatisticBytes : 0));
+    load_panels<C>(shared.q[stage], &args.q, q_full, C::kM, m0, head, work.b);
     if constexpr (C::kBlocks == 1) {
-      ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, kStatisticBytes, &shared.q_full[stage]);
+      ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, kStatisticBytes, q_full);
     }
     if (step.index == 0) {
       ptx::mbarrier_wait(&shared.keys_empty, walks & 1 ^ 1);
@@ -95,31 +101,59 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
       if constexpr (C::kBlocks == 2) load_peer_keys<C>(args, shared, work);
     }
     ptx::mbarrier_wait(&shared.do_empty[stage], free_parity);
-    ptx::mbarrier_arrive_expect(&shared.do_full[stage], kQueryBytes + kStatisticBytes);
-    load_panels<C>(shared.d_o[stage], &args.d_o, &shared.do_full[stage], C::kM, m0, head, work.b);
-    ptx::bulk_load(shared.minus_delta[stage], args.workspace.minus_delta + row, kStatisticBytes,
-                   &shared.do_full[stage]);
+    ptx::mbarrier_arrive_expect(do_full, kQueryBytes + kStatisticBytes);
+    load_panels<C>(shared.d_o[stage], &args.d_o, do_full, C::kM, m0, head, work.b);
+    ptx::bulk_load(shared.minus_delta[stage], args.workspace.minus_delta + row, kStatisticBytes, do_full);
   }
 }
 
-// Rows of a query tile that see nothing become zero: a gradient that comes back to one may be NaN, as may all that lies
-// past a sequence's length, and 0 * NaN is not 0. Each consumer does it for itself, so that they need not meet. (Unrolled
-// loops, or the rows found from the band, took registers from the steps around.)
-__device__ __forceinline__ void clear_unseen_rows(void* sTile, int panels, int rows, const float* lse2, int w,
-                                                  int thread) {
+// A warp. Rows of a query tile that see nothing become zero, once it has come: a gradient that comes back to one may be
+// NaN, as may all that lies past a sequence's length, and 0 * NaN is not 0. Then the consumers are told.
+template <class C>
+__device__ __forceinline__ void clear_unseen_rows(void* sTile, const float* gLse2, uint64_t* raw, uint64_t* full,
+                                                  uint32_t parity, int lane) {
+  ptx::mbarrier_wait(raw, parity);
 #pragma unroll 1
-  for (int row = thread / 8; row < rows; row += 16) {
-    if (lse2[row] != infinity()) continue;
-    for (int p = 0; p < panels; ++p) {
-      uint4* sRow = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + (p * rows + row) * kPanelRowBytes);
-      sRow[thread % 8] = uint4{0, 0, 0, 0};
+  for (int row = lane / 8; row < C::kM; row += 4) {
+    if (gLse2[row] != infinity()) continue;
+#pragma unroll 1
+    for (int p = 0; p < C::kPanels; ++p) {
+      uint4* sRow = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + (p * C::kM + row) * kPanelRowBytes);
+      sRow[lane % 8] = uint4{0, 0, 0, 0};
     }
   }
   ptx::fence_async_shared();
-  ptx::named_barrier_sync(kWarpgroup + w, 128);
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(full);
 }
 
-// Rows [begin, rows) of a tile of K or V likewise.
+// The warp that does so, in all walks. The consumers have no registers and no time for it.
+template <class C, class Shared>
+__device__ __forceinline__ void clear_all(const BackwardArguments& args, Shared& shared) {
+  ptx::wait_for_previous_kernel();
+  const int lane = threadIdx.x % 32;
+  uint32_t parities = 0;  // by stage: only tiles that want care come this way
+  int32_t tile = 0;
+  for (int32_t turn = 0;; ++turn) {
+    const BackwardWork<C>& work = shared.walks.wait(turn);
+    if (work.count < 0) return;
+    for (BackwardStep step(work, tile); step.index < work.count; step.next(work)) {
+      if (!work.careful(step.m)) continue;
+      const int stage = step.stage<C>();
+      const uint32_t parity = parities >> stage & 1;
+      const float* gLse2 = args.workspace.lse2 + sum_row<C>(args, work, step.m, step.g);
+      clear_unseen_rows<C>(shared.q[stage], gLse2, &shared.q_raw[stage], &shared.q_full[stage], parity, lane);
+      clear_unseen_rows<C>(shared.d_o[stage], gLse2, &shared.do_raw[stage], &shared.do_full[stage], parity, lane);
+      parities ^= 1u << stage;
+    }
+    tile += work.count;
+    __syncwarp();
+    if (lane == 0) shared.walks.end(turn);
+  }
+}
+
+// Rows [begin, rows) of a tile of K or V become zero: what lies past a sequence's length may be NaN, and 0 * NaN is not
+// 0. Each consumer does it for itself, so that they need not meet.
 __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, int begin, int w, int thread) {
   for (int p = 0; p < panels; ++p) {
     uint4* sPanel = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + p * rows * kPanelRowBytes);
@@ -127,22 +161,6 @@ __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, in
   }
   ptx::fence_async_shared();
   ptx::named_barrier_sync(kWarpgroup + w, 128);
-}
-
-// Waits for a query tile and clears the rows that see nothing; lse2: of its rows. What is compared after the wait is
-// read before it: behind the wait its latency would come before the products.
-template <class C>
-__device__ __forceinline__ void wait_query_tile(const BackwardWork<C>& work, void* sTile, uint64_t* full,
-                                                uint32_t parity, int32_t m, const float* lse2, int w, int thread) {
-  if constexpr (C::kRanges) {
-    const int32_t full_begin = work.tiles.full_begin, full_end = work.tiles.full_end;
-    ptx::mbarrier_wait(full, parity);
-    if (m < full_begin || m >= full_end) clear_unseen_rows(sTile, C::kPanels, C::kM, lse2, w, thread);
-  } else {
-    const int32_t first_careful = work.first_careful;
-    ptx::mbarrier_wait(full, parity);
-    if (m >= first_careful) clear_unseen_rows(sTile, C::kPanels, C::kM, lse2, w, thread);
-  }
 }
 
 // Waits for `panels` panels of K or V, keys n0 ..., and clears what lies past the sequence's keys.

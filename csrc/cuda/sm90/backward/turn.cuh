@@ -27,8 +27,8 @@ struct SumTurn {
   }
 
   template <class C>
-  __device__ __forceinline__ static uint16_t* slot(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m,
-                                                   int32_t g, int half) {
+  __device__ __forceinline__ static uint16_t* slot(const BackwardArguments& args, const BackwardWork<C>& work,
+                                                   int32_t m, int32_t g, int half) {
     return args.workspace.turns + sum_row<C>(args, work, m, g) / 32 + half;
   }
 
@@ -42,8 +42,8 @@ struct SumTurn {
   }
 
   template <class C>
-  __device__ __forceinline__ void pass_on(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m, int32_t g,
-                                          int half) const {
+  __device__ __forceinline__ void pass_on(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m,
+                                          int32_t g, int half) const {
     ptx::store_release(slot<C>(args, work, m, g, half), static_cast<uint16_t>(n + 1));
   }
 };

@@ -25,7 +25,7 @@ struct BackwardWalks {
 
   // The producer: describes walk number `walk`, or that there is none.
   __device__ __forceinline__ const BackwardWork<C>& describe(const BackwardArguments& args, int32_t turn, int32_t walk,
-                                                          int32_t rank) {
+                                                             int32_t rank) {
     BackwardWork<C>& next = work[turn % kWalkSlots];
     ptx::mbarrier_wait(&empty[turn % kWalkSlots], turn / kWalkSlots & 1 ^ 1);
     if (walk < args.all_walks) {

@@ -13,14 +13,14 @@ __device__ __forceinline__ bool last_first(const BackwardArguments& args) {
 
 // A key block and the query tiles that it meets: tile m of group member g, member by member.
 template <class C>
-struct alignas(C::kBlocks == 1 ? 16 : 4) BackwardWork {
-  int32_t b, kh;      // sequence, KV head
-  int32_t g;          // the first member
-  int32_t n0;         // first key
+struct alignas(16) BackwardWork {
+  int32_t b, kh;  // sequence, KV head
+  int32_t g;      // the first member
+  int32_t n0;     // first key
   typename C::Band band;
   BlockRange tiles;
-  int32_t count;        // tiles to walk, over all members
-  int32_t first_careful;  // no query tile before it has rows that see nothing, but for those past the array's end
+  int32_t count;                   // tiles to walk, over all members
+  int32_t whole_begin, whole_end;  // query tiles whose rows all see something, or lie past the array's end
 
   // walk: its number in the order in which they are taken; rank: a block's place in its pair.
   __device__ __forceinline__ static BackwardWork make(const BackwardArguments& args, int32_t walk, int32_t rank) {
@@ -49,10 +49,19 @@ struct alignas(C::kBlocks == 1 ? 16 : 4) BackwardWork {
     w.tiles.begin = all.begin;
     w.tiles.end = all.end;
     w.count = (w.tiles.end - w.tiles.begin) * args.part_heads;
-    const int32_t seen_end = w.band.first > w.band.last ? 0 : min_i32(w.band.T, w.band.S - w.band.first);
-    w.first_careful = w.tiles.begin * C::kM < -w.band.last ? 0 : seen_end < args.shape.T ? seen_end / C::kM : INT32_MAX;
+    if constexpr (C::kRanges) {
+      w.whole_begin = w.tiles.full_begin;
+      w.whole_end = w.tiles.full_end;
+    } else {
+      const int32_t seen_end = w.band.first > w.band.last ? 0 : min_i32(w.band.T, w.band.S - w.band.first);
+      w.whole_begin = ceil_div(max_i32(0, -w.band.last), C::kM);
+      w.whole_end = seen_end < args.shape.T ? seen_end / C::kM : INT32_MAX;
+    }
     return w;
   }
+
+  // Whether a tile may have rows that see nothing.
+  __device__ __forceinline__ bool careful(int32_t m) const { return m < whole_begin || m >= whole_end; }
 };
 
 // A position in that walk. tile: tiles that the thread block has met, in all its walks; it says which buffer is whose.
@@ -95,8 +104,8 @@ __device__ __forceinline__ int64_t sum_row(const BackwardArguments& args, const 
 // A dQ tile's sums lie in the workspace as the consumers hold them: part (64 queries by 64 columns), four floats,
 // thread.
 template <class C>
-__device__ __forceinline__ float* dq_part(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m, int32_t g,
-                                          int part) {
+__device__ __forceinline__ float* dq_part(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m,
+                                          int32_t g, int part) {
   return args.workspace.dq + sum_row<C>(args, work, m, g) * C::kH + part * kDqPartFloats;
 }
 

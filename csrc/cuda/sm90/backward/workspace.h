@@ -8,8 +8,8 @@
 namespace jax_flash::sm90 {
 
 struct BackwardWorkspace {
-  float* dq;         // [B, K, G, T' / M, M * H'] float32 sums; a tile in parts, see dq_part
-  float* key_sums;   // [B, K, 2, S' / 64, 64 * H'] of dK and dV, in parts likewise; only where G > 1
+  float* dq;           // [B, K, G, T' / M, M * H'] float32 sums; a tile in parts, see dq_part
+  float* key_sums;     // [B, K, 2, S' / 64, 64 * H'] of dK and dV, in parts likewise; only where G > 1
   float* lse2;         // [B, K, G, T'] lse * log2(e); +inf for a row that sees nothing, so that its probabilities are 0
   float* minus_delta;  // [B, K, G, T'] dlse - rowsum(dO * O)
   uint16_t* turns;     // [B, K, G, T' / 64, 2] who added to a tile last, for deterministic sums; see SumTurn

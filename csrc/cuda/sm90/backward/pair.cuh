@@ -93,7 +93,7 @@ struct PairedDq {
     ptx::mbarrier_wait(&shared.ds_peer_full, done.tile & 1);
     issue_query_gradient<C, false, true>(dq, ds_peer, keys_peer);
     ptx::wgmma_wait<0>();
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     if (thread % 32 == 0) ptx::mbarrier_arrive_cluster(&shared.ds_sent_free, rank ^ 1);
     if constexpr (kFreesDs) {
       if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.tile & 1);

@@ -226,7 +226,7 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   issue_key_gradient<C>(dv, p, do_tile);
 
   ptx::wgmma_wait<1>();
-  ptx::pin(dp);
+  ptx::fence_operand(dp);
   score_gradients<C, kCapped>(c.args, s, dp, ds, c.shared.lse2[stage], c.lane);
   if constexpr (kFirst) c.wait_stores();
   c.share_ds(ds, tile);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   if constexpr (!C::kDqFirst && !kFirst) c.issue_dq(dq, tile - 1);
   if constexpr (C::kDqFirst && !kFirst) {
     ptx::wgmma_wait<1>();
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     c.store_dq(dq, tile - 1);
   }
 
@@ -254,13 +254,13 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   }
   c.arrive(&c.shared.q_empty[stage]);
   if constexpr (!C::kDqFirst && !kFirst) {
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     c.store_dq(dq, tile - 1);
     c.hand_over_dq();
   }
   if constexpr (!kLast) {
     ptx::wgmma_wait<0>();
-    ptx::pin(s);
+    ptx::fence_operand(s);
   }
 }
 
@@ -280,7 +280,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
     issue_products<C>(s, c.k_rows, c.q_tile + step.stage<C>() * c.kStageStep);
     wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, walks & 1, w, thread);
     ptx::wgmma_wait<0>();
-    ptx::pin(s);
+    ptx::fence_operand(s);
 
     if (work.count == 1) {
       take_tile<C, kCapped, true, true>(c, step, s, dk, dv);
@@ -292,11 +292,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
     float dq[32];
     c.issue_dq(dq, step.tile - 1);
     ptx::wgmma_wait<0>();
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     c.store_dq(dq, step.tile - 1);
     c.hand_over_dq();
-    ptx::pin(dk);
-    ptx::pin(dv);
+    ptx::fence_operand(dk);
+    ptx::fence_operand(dv);
   } else {
     c.wait_stores();
   }

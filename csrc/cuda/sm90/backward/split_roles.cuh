@@ -67,7 +67,7 @@ __device__ __forceinline__ void take_probabilities(PairedDq<C>& paired, const Ba
                                                    const RowStatistic<C>& lse2, uint32_t (&p)[C::kM / 4]) {
   const int lane = paired.thread % 32;
   ptx::wgmma_wait<0>();
-  ptx::pin(s);
+  ptx::fence_operand(s);
   probabilities<C, kCapped>(paired.args, paired.work, s, p, lse2, paired.work.tiles, step.m,
                             paired.work.n0 + paired.thread / 32 * 16 + lane / 4, lane);
   if (lane == 0) ptx::mbarrier_arrive(&paired.shared.q_empty[step.stage<C>()]);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
     take_scores<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
     paired.pass_on_last();
-    ptx::pin(dv);
+    ptx::fence_operand(dv);
   }
   meet_consumers<C>(0);  // nobody reads K and V any more
   if (args.parts > 1) {
@@ -203,7 +203,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
 
   paired.template add<!kLast>(done);
   if constexpr (!kLast) {
-    ptx::pin(dp);
+    ptx::fence_operand(dp);
   } else {
     if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.tile & 1);
     __syncwarp();
@@ -235,13 +235,13 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     ptx::mbarrier_wait(&shared.do_full[stage], step.parity<C>());
     issue_products<C>(dp, v_tile, do_tile + stage * kQueryStep<C>);
     ptx::wgmma_wait<0>();
-    ptx::pin(dp);
+    ptx::fence_operand(dp);
 
     while (step.index < work.count - 1)
       take_gradients<C, kCapped, false>(paired, step, dp, dk, v_tile, q_tile, do_tile);
     take_gradients<C, kCapped, true>(paired, step, dp, dk, v_tile, q_tile, do_tile);
     paired.pass_on_last();
-    ptx::pin(dk);
+    ptx::fence_operand(dk);
   }
   meet_consumers<C>(1);  // nobody reads K and V any more
   if (args.parts > 1) {

@@ -13,7 +13,7 @@ namespace jax_flash::sm90 {
 // 2^x on the FMA pipe, relative error 7.5e-5 (a bfloat16 probability is rounded to 2e-3, a float16 one to 2.4e-4).
 // x = n + f with f in [-1/2, 1/2]: adding 1.5 * 2^23 leaves n in the low mantissa bits, from where it is shifted into
 // the exponent. Below 2^-126 the result stays there: not 0, but nothing beside a row's largest probability. NaN comes
-// out as a number (the shift makes it one), and is found before it gets here: see update_settled().
+// out as a number (the shift makes it one), and is found before it gets here: see update_steady().
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float kRound = 12582912.0f;
   x = fmaxf(x, -126.0f);
@@ -86,15 +86,15 @@ struct LaggingSoftmax {
     return rescale;
   }
 
-  // Whether a row has a key to see and has seen none above -inf: then it is not ready for update_settled().
-  __device__ __forceinline__ bool unsettled() const { return base[0] == -infinity() || base[1] == -infinity(); }
+  // Whether a row has a key to see and has seen none above -inf: then it is not ready for update_steady().
+  __device__ __forceinline__ bool not_steady() const { return base[0] == -infinity() || base[1] == -infinity(); }
 
   // The same where every row has seen a key before: the maximum itself is not needed, only whether an exponent exceeds
   // kLag. Positive floats compare like integers and negative ones are below them, so the three-way integer maximum
   // serves, and lanes ask each other nothing before one of them says so. NaN, as arithmetic makes it, is the greatest
   // integer: it comes through to `growth`, and then makes all of its row NaN.
   template <int kPolynomial, int kFloats>
-  __device__ __forceinline__ bool update_settled(float (&acc)[kFloats], float (&correction)[2]) {
+  __device__ __forceinline__ bool update_steady(float (&acc)[kFloats], float (&correction)[2]) {
     int grown[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
     for (int i = 0; i < kFloats; i += 2) {

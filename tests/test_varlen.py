@@ -1,4 +1,4 @@
-"""Packed sequences against the reference, sequence by sequence."""
+"""Packed sequences against the reference with a mask."""
 
 from __future__ import annotations
 
@@ -40,17 +40,21 @@ def packed(dtype, lengths_q, lengths_k, tail, N=4, K=2, H=32):
     return (q, k, v), (cu_q, cu_k)
 
 
-def by_sequence(q, k, v, cu_q, cu_k, used_q=None, used_k=None, **options):
-    """The reference on each sequence alone, and zeros elsewhere."""
-    out, lse = jnp.zeros_like(q), jnp.full((q.shape[1], q.shape[0]), -jnp.inf, jnp.float32)
+def expected(q, k, v, cu_q, cu_k, used_q=None, used_k=None, causal=False, window_size=(None, None), **options):
+    """The reference over all tokens, with a mask of who sees whom."""
+    visible = np.zeros((len(q), len(k)), bool)
+    left, right = (10**6 if side is None else side for side in window_size)
+    right = min(right, 0) if causal else right
     for b in range(len(cu_q) - 1):
-        at = slice(cu_q[b], cu_q[b + 1] if used_q is None else min(cu_q[b + 1], cu_q[b] + used_q[b]))
-        keys = slice(cu_k[b], cu_k[b + 1] if used_k is None else min(cu_k[b + 1], cu_k[b] + used_k[b]))
-        if at.start < at.stop:
-            some = (x[None] for x in (q[at], k[keys], v[keys]))
-            o, row_lse = reference.attention(*some, **options, return_softmax_lse=True)
-            out, lse = out.at[at].set(o[0]), lse.at[:, at].set(row_lse[0])
-    return out, lse
+        T, S = (
+            max(0, cu[b + 1] - cu[b] if used is None else min(cu[b + 1] - cu[b], used[b]))
+            for cu, used in ((cu_q, used_q), (cu_k, used_k))
+        )
+        ahead = np.arange(S) - np.arange(T)[:, None] - (S - T)  # of the bottom-right diagonal
+        visible[cu_q[b] : cu_q[b] + T, cu_k[b] : cu_k[b] + S] = (-left <= ahead) & (ahead <= right)
+    batch = (x[None] for x in (q, k, v))
+    out, lse = reference.attention(*batch, visible[None, None], **options, return_softmax_lse=True)
+    return out[0], lse[0]
 
 
 def check(qkv, cu, used=(None, None), **options):
@@ -61,7 +65,7 @@ def check(qkv, cu, used=(None, None), **options):
         named = dict(zip(("seqused_q", "seqused_k"), map(as_jax, used), strict=True))
         return jax_flash.attention_varlen(q, k, v, *map(as_jax, cu), **named, **options, return_softmax_lse=True)
 
-    theirs = functools.partial(by_sequence, cu_q=cu[0], cu_k=cu[1], used_q=used[0], used_k=used[1], **options)
+    theirs = functools.partial(expected, cu_q=cu[0], cu_k=cu[1], used_q=used[0], used_k=used[1], **options)
     results = []
     for attend, cast in ((ours, dtype), (theirs, jnp.float32), (theirs, dtype)):
         some = [x.astype(cast) for x in qkv]
@@ -127,7 +131,7 @@ def test_lengths_that_change_compile_once(dtype):
 
     for lengths in ((3, 20, 7), (0, 0, 30), (10, 10, 10)):
         qkv, cu = packed(dtype, lengths, None, 0)
-        near(attend(*qkv, cu[0]), by_sequence(*qkv, *cu, causal=True)[0])
+        near(attend(*qkv, cu[0]), expected(*qkv, *cu, causal=True)[0])
     assert len(traces) == 1
 
 
@@ -140,7 +144,7 @@ def test_any_values_of_cu_seqlens_stay_inside(cu, dtype):
     cu = np.asarray(cu)
     clean = np.maximum.accumulate(np.clip(cu, 0, 33)).astype(np.int32)
     out, pull = jax.vjp(lambda *x: jax_flash.attention_varlen(*x, cu, cu, causal=True, deterministic=True), q, k, v)
-    near(out, by_sequence(q, k, v, clean, clean, causal=True)[0])
+    near(out, expected(q, k, v, clean, clean, causal=True)[0])
     assert all(np.isfinite(x).all() for x in pull(out))
 
 

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -321,6 +322,12 @@ class _Server(uvicorn.Server):
     def __init__(self, app, started: str):
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         self._started = started
+        self.interrupted = False
+
+    def handle_exit(self, sig, frame):
+        # On Python 3.11 asyncio.Runner swallows the SIGINT that Uvicorn raises again once it has shut down.
+        self.interrupted = self.interrupted or sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets=None):
         await super().startup(sockets)
@@ -344,6 +351,8 @@ def main(argv=None):
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         server = _Server(front.app(), f"serving {name!r} on http://{host}:{bound.getsockname()[1]}/v1")
         server.run(sockets=[bound])
+        if server.interrupted:
+            raise KeyboardInterrupt
     if front.failed:
         sys.exit("serve.py: the engine failed")
 

@@ -13,22 +13,25 @@ constexpr int64_t head_dim_bucket(int64_t H) {
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Bytes for each KV head of each sequence: so many, and so many for each 128 queries of each query head, begun ones
-// counting whole.
+// Bytes for each KV head of each sequence: so many, so many for each 128 queries of each query head, and where query
+// heads share the KV head so many for each 128 keys; begun ones count whole.
 struct BackwardWorkspaceSize {
   static constexpr int64_t kRows = 128;
-  int64_t per_kv_head, per_rows;
+  int64_t per_kv_head, per_rows, per_keys;
 
   constexpr int64_t bytes(const Shape& s) const {
-    return s.B * s.K * (per_kv_head + s.G * round_up(s.T, kRows) / kRows * per_rows);
+    const int64_t rows = round_up(s.T, kRows) / kRows, keys = s.G > 1 ? round_up(s.S, kRows) / kRows : 0;
+    return s.B * s.K * (per_kv_head + s.G * rows * per_rows + keys * per_keys);
   }
 };
 
 // Per query head: a float32 dQ accumulator [T', H'], two float32 row statistics [T'] and an int32 for every 64 rows, T'
-// being T rounded up to 128 and H' the bucket. Per KV head 256 bytes more, so that the parts can be aligned.
+// being T rounded up to 128 and H' the bucket. Per KV head 256 bytes more, so that the parts can be aligned, and where
+// query heads share it float32 accumulators of dK and dV [S', H'].
 constexpr BackwardWorkspaceSize backward_workspace_size(int64_t H) {
   constexpr int64_t kRows = BackwardWorkspaceSize::kRows;
-  return {256, kRows * (head_dim_bucket(H) + 2) * 4 + kRows / 16};
+  const int64_t bucket = head_dim_bucket(H);
+  return {256, kRows * (bucket + 2) * 4 + kRows / 16, kRows * bucket * 8};
 }
 
 constexpr int64_t backward_workspace_bytes(const Shape& s) { return backward_workspace_size(s.H).bytes(s); }

@@ -27,12 +27,18 @@ JAX_FLASH_HOST_DEVICE int32_t min_i32(int32_t a, int32_t b) { return a < b ? a :
 JAX_FLASH_HOST_DEVICE int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
 JAX_FLASH_HOST_DEVICE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
+struct Range {
+  int32_t begin, end;
+  JAX_FLASH_HOST_DEVICE bool empty() const { return begin >= end; }
+};
+
 // The closed form: what lies between two diagonals. Ranges of queries and keys that do not exist may come out with
 // begin > end.
 struct DiagonalBand {
   int32_t T, S;         // valid queries and keys of this sequence
   int32_t first, last;  // query i sees keys i + first ... i + last, as far as they exist
 
+  JAX_FLASH_HOST_DEVICE Range keys(int32_t i) const { return Range{key_begin(i), key_end(i)}; }
   JAX_FLASH_HOST_DEVICE int32_t key_begin(int32_t i) const { return max_i32(0, i + first); }
   JAX_FLASH_HOST_DEVICE int32_t key_end(int32_t i) const { return i < T ? min_i32(S, i + last + 1) : 0; }
   JAX_FLASH_HOST_DEVICE int32_t query_begin(int32_t j) const { return max_i32(0, j - last); }
@@ -53,6 +59,15 @@ struct Band : DiagonalBand {
   const int32_t* key_ranges;    // [T, 2] or null
   const int32_t* query_ranges;  // [S, 2] or null
 
+  // Both ends at once: where instructions are dear, so that the tables cost one branch.
+  JAX_FLASH_HOST_DEVICE Range keys(int32_t i) const {
+    Range range = DiagonalBand::keys(i);
+    if (key_ranges && i >= 0 && i < T) {
+      range.begin = max_i32(range.begin, key_ranges[2 * i]);
+      range.end = min_i32(range.end, key_ranges[2 * i + 1]);
+    }
+    return range;
+  }
   JAX_FLASH_HOST_DEVICE int32_t key_begin(int32_t i) const {
     const int32_t begin = DiagonalBand::key_begin(i);
     return key_ranges && i >= 0 && i < T ? max_i32(begin, key_ranges[2 * i]) : begin;
@@ -122,8 +137,8 @@ template <class AnyBand>
 JAX_FLASH_HOST_DEVICE BlockRange key_blocks(const AnyBand& band, int32_t i0, int32_t i1, int32_t block) {
   i1 = min_i32(i1, band.T);
   if (i0 >= i1) return BlockRange{0, 0, 0, 0};
-  return block_range(band.key_begin(i0), band.key_end(i1 - 1), band.S, band.key_begin(i1 - 1),
-                     max_i32(0, band.key_end(i0)), block);
+  const Range first = band.keys(i0), last = band.keys(i1 - 1);
+  return block_range(first.begin, last.end, band.S, last.begin, max_i32(0, first.end), block);
 }
 
 // The query blocks that keys [j0, j1) visit. A key block that reaches past S is full nowhere.

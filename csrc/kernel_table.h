@@ -29,10 +29,10 @@ inline constexpr Features kBackwardFeatures =
 inline constexpr Features kKvcacheFeatures = kNeedsBand | kNeedsLengths | kNeedsSoftcap | kNeedsUnaligned |
                                              kNeedsAppend | kNeedsRotary | kNeedsPages | kNeedsBatchIndex |
                                              kNeedsLeftpad | kNeedsSplits | kNeedsSinks;
-// TMA wants tensors that begin at multiples of 16 bytes. Hopper's backward has no registers left for tables of ranges,
-// and its ordered sums count their key blocks in 16 bits.
+// TMA wants tensors that begin at multiples of 16 bytes. The ordered sums of Hopper's backward count their key blocks
+// in 16 bits.
 inline constexpr Features kNotOnHopper = kNeedsMask | kNeedsUnaligned;
-inline constexpr Features kNotInHoppersBackward = kNotOnHopper | kNeedsRanges | kNeedsManyOrdered;
+inline constexpr Features kNotInHoppersBackward = kNotOnHopper | kNeedsManyOrdered;
 
 inline constexpr Kernel kDecodeKernel = {"decode", Call::kKvcache, 80, 999, kHalfTypes, 1, 256, kKvcacheFeatures};
 inline constexpr Kernel kPrefillKernel = {"prefill", Call::kKvcache, 80, 999, kHalfTypes, 1, 256, kKvcacheFeatures};

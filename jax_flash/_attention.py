@@ -52,8 +52,7 @@ def attention(
     attention, K = 1 multi-query, between them grouped-query.
 
     With q_lengths t and kv_lengths s (T and S where not given), query i < t may see key j < s. A query that sees no key
-    has output 0, log-sum-exp -inf and gradients 0, whatever its cotangents are. (On Hopper GPUs, unless a mask hides
-    its keys, a cotangent of NaN or infinity still spoils the other gradients of its sequence.)
+    has output 0, log-sum-exp -inf and gradients 0, whatever its cotangents are.
 
     Scores of NaN and infinity stay in their row: a query that sees a score of NaN or +inf has NaN for its output and
     log-sum-exp, as in a softmax that subtracts the maximum; a key whose score is -inf counts as not seen. (A value of v

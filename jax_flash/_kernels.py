@@ -60,8 +60,10 @@ def plan(
     size = sizes(operands, memory_order)
     heads = math.prod(lead) * size["k"]
     if call == "backward":
-        per_kv_head, per_rows, rows = _native.backward_workspace(size["h"])
+        per_kv_head, per_rows, per_keys, rows = _native.backward_workspace(size["h"])
         per_head, shared, chosen = per_kv_head + size["g"] * (-(-size["t"] // rows) * per_rows), 0, Plan()
+        if not (isinstance(size["g"], int) and size["g"] == 1):
+            per_head += -(-size["s"] // rows) * per_keys
     elif platform == "cpu":
         per_head, shared, chosen = 0, 1, Plan()
     else:

@@ -77,8 +77,8 @@ def targets(dtype: str, platform: str) -> dict[str, Callable[[], Call]]:
         return Call(f"jax_flash_{call}", operands, outs, attributes, {name: name for name in outs if name in operands})
 
     extras = ("mask", "q_lengths", "kv_lengths")
-    per_kv_head, per_rows, rows = _native.backward_workspace(H)
-    scratch = dict(backward=B * K * (per_kv_head + G * -(-T // rows) * per_rows))
+    per_kv_head, per_rows, per_keys, rows = _native.backward_workspace(H)
+    scratch = dict(backward=B * K * (per_kv_head + G * -(-T // rows) * per_rows + (G > 1) * -(-S // rows) * per_keys))
     scratch["kvcache"] = 1 if platform == "cpu" else 2**24
 
     def kvcache(*extras, **sizes):

@@ -89,7 +89,7 @@ EVERY_SIDE = Spec(0.1, softcap=30.0, band=Band(5, 0, top_left=True))
         (dict(dtype="float32"), ""),
         (dict(dtype="float32", capability=0, operands=["mask"], H=1), "cpu"),
         (dict(call="backward", spec=EVERY_SIDE, operands=["dlse"]), "sm90"),
-        (dict(call="backward", operands=["key_ranges", "query_ranges"]), "sm80"),
+        (dict(call="backward", operands=["key_ranges", "query_ranges"]), "sm90"),
         (dict(call="backward", operands=["mask"]), "sm80"),
         (dict(call="backward", S=MOST_ORDERED_KEYS, spec=Spec(0.1, deterministic=True)), "sm90"),
         (dict(call="backward", S=MOST_ORDERED_KEYS + 1, spec=Spec(0.1, deterministic=True)), "sm80"),

@@ -164,10 +164,11 @@ nb::tuple kvcache_plan(int64_t T, int64_t G, int64_t H, bool rotary, bool pages,
                         plan.per_call);
 }
 
-// (bytes per KV head, bytes per query head and begun `rows` queries, rows)
+// (bytes per KV head, per query head and begun `rows` queries, where query heads share a KV head per begun `rows` keys;
+// rows)
 nb::tuple backward_workspace(int64_t H) {
   const BackwardWorkspaceSize size = backward_workspace_size(H);
-  return nb::make_tuple(size.per_kv_head, size.per_rows, BackwardWorkspaceSize::kRows);
+  return nb::make_tuple(size.per_kv_head, size.per_rows, size.per_keys, BackwardWorkspaceSize::kRows);
 }
 
 }  // namespace

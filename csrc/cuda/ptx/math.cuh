@@ -7,7 +7,7 @@ namespace jax_flash::ptx {
 
 // No instruction: `x`, but computed anew for the compiler. What depends on it is not hoisted out of a loop, where
 // values that only boundary blocks use would hold registers all along.
-__device__ __forceinline__ int opaque(int x) {
+__device__ __forceinline__ int launder(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }

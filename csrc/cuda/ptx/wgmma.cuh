@@ -32,19 +32,19 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // No instruction: the compiler must have these registers' values here, and may not move their reads and writes across.
 template <int kCount>
-__device__ __forceinline__ void pin(float (&registers)[kCount]) {
+__device__ __forceinline__ void fence_operand(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 template <int kCount>
-__device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
+__device__ __forceinline__ void fence_operand(uint32_t (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 // No instruction: hides where a value comes from, so that what is derived from it is computed again where it is used
 // and not kept in registers across a loop.
-__device__ __forceinline__ void hide_origin(uint64_t& value) { asm volatile("" : "+l"(value)); }
+__device__ __forceinline__ void launder(uint64_t& value) { asm volatile("" : "+l"(value)); }
 
 // How a tile's 16-byte chunks are permuted in shared memory: XORed with the row's number, as TMA writes them. A row of
 // the tile is as wide as the swizzle. The values are the descriptor's.

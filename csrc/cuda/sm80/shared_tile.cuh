@@ -63,7 +63,7 @@ struct TileCopy {
   template <int kRows>
   __device__ __forceinline__ void load(uint32_t tile, const T* source, int rows) const {
     if (!aligned) return gather<kRows>(tile, source, rows);
-    const int r = ptx::opaque(row);
+    const int r = ptx::launder(row);
     source += r * stride + chunk * 8;
 #pragma unroll
     for (int i = 0; i < kRows; i += kStepRows) {
@@ -80,7 +80,7 @@ struct TileCopy {
   template <int kRows>
   __device__ __forceinline__ void gather(uint32_t tile, const T* source, int rows) const {
 #pragma unroll 1
-    for (int r = ptx::opaque(row); r < kRows; r += kStepRows) {
+    for (int r = ptx::launder(row); r < kRows; r += kStepRows) {
 #pragma unroll 1
       for (int c = chunk; c < kCols / 8; c += Layout::kGroup) {
         const int count = r < rows ? head_dim - c * 8 : 0;

@@ -68,16 +68,6 @@ struct ScoreTransform {
   }
 };
 
-// One score more, without a value, in the softmax of a row: what its output is multiplied by, and its LSE, natural log.
-__device__ __forceinline__ void add_sink(float sink, float& inverse, float& lse) {
-  if (sink == -infinity()) return;
-  const float most = fmaxf(lse, sink);
-  const float sum = ptx::ex2((lse - most) * kLog2e) + ptx::ex2((sink - most) * kLog2e);
-  const float with_sink = most + log2f(sum) * kLn2;
-  inverse *= ptx::ex2((lse - with_sink) * kLog2e);
-  lse = with_sink;
-}
-
 // acc[row of lane] *= factor[row]
 template <int kFloats>
 __device__ __forceinline__ void scale_rows(float (&acc)[kFloats], const float (&factor)[2]) {
@@ -90,9 +80,10 @@ struct OnlineSoftmax {
   float max[2];  // of the products seen so far or up to the lag below it, -inf before any
   float sum[2];  // of this lane's columns; finish() adds the quad's
 
-  __device__ __forceinline__ void init() {
-    max[0] = max[1] = -infinity();
-    sum[0] = sum[1] = 0.0f;
+  // A sink, in the unit of the products, is as a product that the rows have seen; -inf: none.
+  __device__ __forceinline__ void init(float sink, int lane) {
+    max[0] = max[1] = sink;
+    sum[0] = sum[1] = sink != -infinity() && lane % 4 == 0 ? 1.0f : 0.0f;
   }
 
   // The largest products of this lane in the next block; true where one is beyond the lag. If that is so in any lane of
@@ -138,14 +129,15 @@ struct OnlineSoftmax {
     }
   }
 
-  // What the accumulated output is to be multiplied by (0 for a row that saw nothing), and the LSE, natural log.
-  __device__ __forceinline__ void finish(float log2_scale, float (&inverse)[2], float (&lse)[2]) {
+  // What the accumulated output is to be multiplied by (0 for a row that saw nothing, but for its sink), and the LSE,
+  // natural log.
+  __device__ __forceinline__ void finish(float log2_scale, float sink, float (&inverse)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = quad_sum(sum[r]);
-      const bool seen = total > 0.0f || total != total;
+      const bool any = total > 0.0f || total != total, seen = any && !(total == 1.0f && max[r] == sink);
       inverse[r] = seen ? 1.0f / total : 0.0f;
-      lse[r] = seen ? (max[r] * log2_scale + log2f(total)) * kLn2 : -infinity();
+      lse[r] = any ? (max[r] * log2_scale + log2f(total)) * kLn2 : -infinity();
     }
   }
 };

@@ -79,7 +79,7 @@ __device__ __forceinline__ void apply_score_and_mask(typename Config::ScoreFragm
     const Place place;
     const int32_t i = i0 + score_row<Config>(place.warp) + place.lane / 4;
     const int32_t j = j0 + score_col<Config>(place.warp);
-    const int K = static_cast<int>(params.shape.K), head = ptx::opaque(kv_head);
+    const int K = static_cast<int>(params.shape.K), head = ptx::launder(kv_head);
     const MaskBits bits = MaskBits::make(params.shape, params.mask, head / K, head % K, g);
 #pragma unroll
     for (int m = 0; m < Config::kScoreTiles; ++m) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_softcap_derivative(typename Config::Sco
 template <class Config>
 __device__ __forceinline__ void clear_unseen_rows(uint32_t sQueries, uint32_t sOut, const float* sLse2, int rows) {
   using Layout = TileLayout<Config::kHeadDim>;
-  const int thread = ptx::opaque(threadIdx.x);
+  const int thread = ptx::launder(threadIdx.x);
   const bool unseen = thread < Config::kBlockM && thread < rows && sLse2[thread] == infinity();
   if (!__syncthreads_or(unseen)) return;
   if (unseen) {
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       return shared + static_cast<uint32_t>(offsetof(SharedMemory, d_o)) + parity % Config::kOutStages * kTileBytes;
     };
     const auto load_queries = [&](int parity, const Step& step) {
-      const Copy copy(ptx::opaque(thread), head_dim, aligned, query_stride);
+      const Copy copy(ptx::launder(thread), head_dim, aligned, query_stride);
       const int64_t offset = query_offset + step.g * head_dim + int64_t{step.block} * kM * query_stride;
       const int rows = shared_memory.band.T - step.block * kM;
       copy.template load<kM>(query_tile(parity), static_cast<const Element*>(params.q) + offset, rows);

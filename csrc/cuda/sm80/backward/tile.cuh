@@ -103,7 +103,7 @@ __device__ __forceinline__ void clear(float (&acc)[kRowTiles][kFloats]) {
 struct Place {
   int lane, warp;
   __device__ __forceinline__ Place() {
-    const int thread = ptx::opaque(threadIdx.x);
+    const int thread = ptx::launder(threadIdx.x);
     lane = thread % 32;
     warp = thread / 32;
   }

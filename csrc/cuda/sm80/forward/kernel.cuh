@@ -117,13 +117,13 @@ __device__ __forceinline__ void apply_score_and_mask(float (&acc)[Config::kRowTi
     for (int m = 0; m < Config::kRowTiles; ++m) transform.apply(acc[m]);
   }
   if (needs_band) {
-    const int lane = ptx::opaque(threadIdx.x) % 32;
+    const int lane = ptx::launder(threadIdx.x) % 32;
 #pragma unroll
     for (int m = 0; m < Config::kRowTiles; ++m) apply_band(acc[m], *band, i + lane / 4 + 16 * m, j0, lane);
   }
   if (params.mask.words) {
-    const int lane = ptx::opaque(threadIdx.x) % 32;
-    const HeadIndex head(params.shape, ptx::opaque(linear_head));
+    const int lane = ptx::launder(threadIdx.x) % 32;
+    const HeadIndex head(params.shape, ptx::launder(linear_head));
     const MaskBits bits = MaskBits::make(params.shape, params.mask, head.b, head.kh, head.g);
 #pragma unroll
     for (int m = 0; m < Config::kRowTiles; ++m)
@@ -178,9 +178,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int warp_row = warp * 16 * kTiles;
   float acc_o[kTiles][kD / 2];
   OnlineSoftmax softmax[kTiles];
+  const float sink = params.sinks ? params.sinks[tile.linear_head] * (kLog2e / transform.log2_scale) : -infinity();
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
-    softmax[m].init();
+    softmax[m].init(sink, lane);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) acc_o[m][i] = 0.0f;
   }
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     using Copy = TileCopy<Element, kD, Config::kThreads>;
     // Registers are what bounds this loop: addresses are made anew in every step.
     const auto load_keys = [&](uint32_t tile, const void* source, int block, int rows) {
-      const Copy copy(ptx::opaque(thread), head_dim, aligned, key_stride);
+      const Copy copy(ptx::launder(thread), head_dim, aligned, key_stride);
       copy.template load<kN>(tile, static_cast<const Element*>(source) + key_offset + int64_t{block} * kN * key_stride,
                              rows);
     };
@@ -227,11 +228,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       ptx::cp_async_commit();
 
       float acc_s[kTiles][kN / 2];
-      const TileReader<kD, false, false> key(sK + now, 0, 0, ptx::opaque(thread) % 32);
+      const TileReader<kD, false, false> key(sK + now, 0, 0, ptx::launder(thread) % 32);
       if constexpr (Config::kQueryInRegisters) {
         multiply_query_key<Config>(acc_s, query_fragments, key);
       } else {
-        multiply_query_key<Config>(acc_s, TileReader<kD, true, false>(sQ, warp_row, 0, ptx::opaque(thread) % 32), key);
+        multiply_query_key<Config>(acc_s, TileReader<kD, true, false>(sQ, warp_row, 0, ptx::launder(thread) % 32), key);
       }
       apply_score_and_mask<Config>(acc_s, params, transform, &shared_memory.band,
                                    block < range.full_begin || block >= range.full_end, tile.linear_head,
@@ -262,13 +263,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         if (block > range.begin) load_keys(sK, params.k, block - 1, kN);
         ptx::cp_async_commit();
       }
-      multiply_value<Config>(acc_o, p, TileReader<kD, true, true>(sV + now, 0, 0, ptx::opaque(thread) % 32));
+      multiply_value<Config>(acc_o, p, TileReader<kD, true, true>(sV + now, 0, 0, ptx::launder(thread) % 32));
     }
   }
 
   // A block that saw no key has not touched shared memory yet; one that did is done with its own rows of Q. Where to
   // write is found out again rather than held in registers.
-  const ForwardTile<Config> target(shape, ptx::opaque(blockIdx.x), query_blocks);
+  const ForwardTile<Config> target(shape, ptx::launder(blockIdx.x), query_blocks);
   const int valid_rows = make_band(shape, params.band, target.head.b, target.head.kh).T - target.i0;
   const int rows = static_cast<int>(shape.T) - target.i0;
   float* gLse = params.lse + int64_t{target.linear_head} * shape.T + target.i0;
@@ -276,12 +277,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     float inverse[2], lse[2];
-    softmax[m].finish(transform.log2_scale, inverse, lse);
-    if (params.sinks) {
-      const float sink = params.sinks[target.linear_head];
-      add_sink(sink, inverse[0], lse[0]);
-      add_sink(sink, inverse[1], lse[1]);
-    }
+    softmax[m].finish(transform.log2_scale, sink, inverse, lse);
     const int row = warp_row + 16 * m + lane / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "band.h"
 #include "cuda/tile/convert.cuh"
 
 namespace jax_flash::sm90 {
@@ -17,9 +19,12 @@ inline constexpr int kSumKeys = 128;
 // The unit in which dQ is shared out and kept in the workspace: 64 queries by 64 columns, 32 floats a thread.
 inline constexpr int kDqPartFloats = 64 * 64;
 
-template <class T_, int kHeadDim_, int kQueries, int kKeys>
+// kRanges: the band has tables of ranges. In instances of their own, for they cost registers that other calls lack.
+template <class T_, int kHeadDim_, bool kRanges_, int kQueries, int kKeys>
 struct BackwardTile {
   using T = T_;
+  static constexpr bool kRanges = kRanges_;
+  using Band = std::conditional_t<kRanges, jax_flash::Band, DiagonalBand>;
   static constexpr int kH = kHeadDim_;            // head dim bucket
   static constexpr int kM = kQueries;             // queries of a tile
   static constexpr int kN = kKeys;                // keys of a block
@@ -44,8 +49,8 @@ struct BackwardTile {
 };
 
 // Head dims up to 128: each consumer owns 64 of the block's 128 keys, and half of dQ.
-template <class T, int kHeadDim>
-struct SplitKeysConfig : BackwardTile<T, kHeadDim, kHeadDim <= 64 ? 128 : 64, 128> {
+template <class T, int kHeadDim, bool kRanges>
+struct SplitKeysConfig : BackwardTile<T, kHeadDim, kRanges, kHeadDim <= 64 ? 128 : 64, 128> {
   static constexpr int kBlocks = 1;                // of a cluster
   static constexpr bool kDqFirst = kHeadDim > 64;  // dQ before dK: see take_tile
   // dS in shared memory: a row is a query and a panel the keys of a consumer, or else a row is a key, a panel 64
@@ -55,8 +60,8 @@ struct SplitKeysConfig : BackwardTile<T, kHeadDim, kHeadDim <= 64 ? 128 : 64, 12
 
 // Head dims above: a pair of blocks owns 64 keys each. Of a block's consumers one computes P and dV, the other dS and
 // dK.
-template <class T, int kHeadDim>
-struct SplitRolesConfig : BackwardTile<T, kHeadDim, 64, 64> {
+template <class T, int kHeadDim, bool kRanges>
+struct SplitRolesConfig : BackwardTile<T, kHeadDim, kRanges, 64, 64> {
   static constexpr int kBlocks = 2;
 };
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
-#include "cuda/sm90/backward/dq.cuh"
+#include "cuda/sm90/backward/convert.cuh"
 #include "cuda/sm90/backward/split_keys.cuh"
 #include "cuda/sm90/backward/split_roles.cuh"
 #include "cuda/sm90/backward/stats.cuh"
@@ -36,8 +36,24 @@ cudaError_t launch(void (*kernel)(Arguments...), int64_t blocks, int threads, si
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// How many parts a group of query heads is walked in: 1, or G, each head apart. Apart is dearer, as dK and dV are added
+// up in the workspace, but thread blocks whose walks differ in length are soon in different heads of a group, and then
+// Q, dO and the sums of dQ of all heads of all groups that are begun have to stay in L2.
+inline int64_t group_parts(const BackwardParams& p, int64_t key_blocks, int64_t walks_at_once) {
+  constexpr int64_t kL2Bytes = 48 << 20;
+  const Shape& s = p.shape;
+  const bool differ = (p.band.left <= kMaxLength) != (p.band.right <= kMaxLength);
+  if (!differ || p.deterministic) return 1;
+  // Pairs have been seen to do it where every walk has tiles; at a head dim of 192 it gains nothing.
+  const bool every_walk_has_tiles = s.T == s.S && !p.band.q_lengths && !p.band.kv_lengths && !p.band.diagonal;
+  if (s.H > 128 && (head_dim_bucket(s.H) == 192 || !every_walk_has_tiles)) return 1;
+  const int64_t groups = std::min(s.B * s.K, walks_at_once / key_blocks + 1);
+  return groups * s.G * s.T * head_dim_bucket(s.H) * 8 > kL2Bytes ? s.G : 1;
+}
+
 using BackwardKernel = void (*)(BackwardArguments);
 
+// The main kernel is that of C or of its like with ranges, which share the other two.
 template <class C>
 cudaError_t launch_backward(const BackwardParams& p, const Device& device, BackwardKernel kernel, int shared_bytes,
                             cudaStream_t stream) {
@@ -64,10 +80,14 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   args.tanh_scale = transform.scale_in;
   args.log2_scale = transform.softcap > 0 ? transform.log2_scale : p.score.softmax_scale * kLog2e;
   args.key_blocks = static_cast<int32_t>((s.S + kSumKeys - 1) / kSumKeys);
-  args.all_key_blocks = static_cast<int32_t>(s.B * s.K * args.key_blocks);
+  const int64_t walks_at_once = device.multiprocessors / C::kBlocks;
+  args.parts = static_cast<int32_t>(group_parts(p, args.key_blocks, walks_at_once));
+  args.part_heads = static_cast<int32_t>(s.G / args.parts);
+  const int64_t parts = s.B * s.K * args.parts;
+  args.all_walks = static_cast<int32_t>(parts * args.key_blocks);
   // Enough of them that their work fills all blocks for longer than the longest walk takes.
-  const int64_t heads_at_end = (2 * device.multiprocessors / C::kBlocks + args.key_blocks - 1) / args.key_blocks;
-  args.last_heads = p.band.right > kMaxLength ? 1 : static_cast<int32_t>(std::min(heads_at_end, s.B * s.K));
+  const int64_t parts_at_end = (2 * walks_at_once + args.key_blocks - 1) / args.key_blocks;
+  args.last_parts = p.band.right > kMaxLength ? 1 : static_cast<int32_t>(std::min(parts_at_end, parts));
   args.deterministic = p.deterministic;
   args.workspace = make_backward_workspace(p.workspace, s);
   args.gO = p.o;
@@ -77,28 +97,38 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
 
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  const int64_t heads = s.B * s.N(), rows = args.workspace.rows;
-  error = launch(backward_stats_kernel<C>, heads * (rows / kStatsRows), kStatsThreads, 0, false, stream, args);
+  const int64_t rows = s.B * s.N() * args.workspace.rows;
+  const int64_t sum_rows = rows + (args.parts > 1 ? s.B * s.K * 2 * args.workspace.keys : 0);
+  error = launch(backward_stats_kernel<C>, sum_rows / kStatsRows, kStatsThreads, 0, false, stream, args);
   if (error != cudaSuccess) return error;
-  const int64_t clusters = std::min<int64_t>(args.all_key_blocks, device.multiprocessors / C::kBlocks);
+  const int64_t clusters = std::min<int64_t>(args.all_walks, walks_at_once);
   error = launch(kernel, clusters * C::kBlocks, C::kThreads, shared_bytes, true, stream, args);
   if (error != cudaSuccess) return error;
-  return launch(backward_dq_kernel<C>, heads * (rows / C::kM), C::kDqParts * 128, 0, true, stream, args);
+  return launch(backward_convert_kernel<C>, sum_rows / C::kM, C::kDqParts * 128, 0, true, stream, args);
 }
 
 template <class T, int kHeadDim>
 cudaError_t launch_instance(const BackwardParams& p, const Device& device, cudaStream_t stream) {
-  const bool capped = p.score.softcap > 0;
+  const bool capped = p.score.softcap > 0, ranges = p.band.key_ranges != nullptr;
+  const auto choose = [&](auto plain_capped, auto plain, auto ranges_capped, auto with_ranges) {
+    return ranges ? capped ? ranges_capped : with_ranges : capped ? plain_capped : plain;
+  };
   if constexpr (kHeadDim <= 128) {
-    using C = SplitKeysConfig<T, kHeadDim>;
-    return launch_backward<C>(p, device,
-                              capped ? backward_split_keys_kernel<C, true> : backward_split_keys_kernel<C, false>,
-                              sizeof(SplitKeysShared<C>), stream);
+    using C = SplitKeysConfig<T, kHeadDim, false>;
+    using WithRanges = SplitKeysConfig<T, kHeadDim, true>;
+    return launch_backward<C>(
+        p, device,
+        choose(backward_split_keys_kernel<C, true>, backward_split_keys_kernel<C, false>,
+               backward_split_keys_kernel<WithRanges, true>, backward_split_keys_kernel<WithRanges, false>),
+        ranges ? sizeof(SplitKeysShared<WithRanges>) : sizeof(SplitKeysShared<C>), stream);
   } else {
-    using C = SplitRolesConfig<T, kHeadDim>;
-    return launch_backward<C>(p, device,
-                              capped ? backward_split_roles_kernel<C, true> : backward_split_roles_kernel<C, false>,
-                              sizeof(SplitRolesShared<C>), stream);
+    using C = SplitRolesConfig<T, kHeadDim, false>;
+    using WithRanges = SplitRolesConfig<T, kHeadDim, true>;
+    return launch_backward<C>(
+        p, device,
+        choose(backward_split_roles_kernel<C, true>, backward_split_roles_kernel<C, false>,
+               backward_split_roles_kernel<WithRanges, true>, backward_split_roles_kernel<WithRanges, false>),
+        ranges ? sizeof(SplitRolesShared<WithRanges>) : sizeof(SplitRolesShared<C>), stream);
   }
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/ptx/ordered.cuh"
-#include "cuda/ptx/reduce.cuh"
 #include "cuda/sm90/backward/tile.cuh"
 #include "cuda/sm90/backward/turn.cuh"
 #include "cuda/sm90/backward/walk.cuh"
@@ -26,14 +25,15 @@ struct alignas(1024) SplitRolesShared {
   uint64_t k_full, v_full, k_peer_full;
   uint64_t q_full[C::kStages], q_empty[C::kStages];
   uint64_t do_full[C::kStages], do_empty[C::kStages];
-  uint64_t ds_peer_full;  // dS of the other block has come
-  uint64_t ds_sent;       // dS has come to the other block
-  uint64_t ds_sent_free;  // the other block has read the dS that was sent to it
-  uint64_t keys_empty;    // dK and dV have left the buffers of K and V
+  uint64_t q_raw[C::kStages], do_raw[C::kStages];  // the same where rows are to be cleared first: see clear_all
+  uint64_t ds_peer_full;                           // dS of the other block has come
+  uint64_t ds_sent;                                // dS has come to the other block
+  uint64_t ds_sent_free;                           // the other block has read the dS that was sent to it
+  uint64_t keys_empty;                             // dK and dV have left the buffers of K and V
   // The pair's next key block, from its first block's producer to the other's.
   uint64_t ticket_full, ticket_empty;
   uint32_t ticket;
-  BackwardWalks walks;
+  BackwardWalks<C> walks;
 };
 
 // The consumers wait for each other. They come here from different code, and synccheck takes one barrier that is waited
@@ -55,7 +55,7 @@ template <class C>
 struct PairedDq {
   const BackwardArguments& args;
   SplitRolesShared<C>& shared;
-  const BackwardWork& work;
+  const BackwardWork<C>& work;
   int w, thread;
   uint32_t rank;
   int panel;  // of dQ, that this consumer computes
@@ -63,7 +63,7 @@ struct PairedDq {
   SumTurn turn;
 
   __device__ __forceinline__ PairedDq(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                      const BackwardWork& work, int w, int thread)
+                                      const BackwardWork<C>& work, int w, int thread)
       : args(args), shared(shared), work(work), w(w), thread(thread), rank(ptx::cluster_block_rank()) {
     constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
     panel = 2 * static_cast<int>(rank) + w;
@@ -93,7 +93,7 @@ struct PairedDq {
     ptx::mbarrier_wait(&shared.ds_peer_full, done.tile & 1);
     issue_query_gradient<C, false, true>(dq, ds_peer, keys_peer);
     ptx::wgmma_wait<0>();
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     if (thread % 32 == 0) ptx::mbarrier_arrive_cluster(&shared.ds_sent_free, rank ^ 1);
     if constexpr (kFreesDs) {
       if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.tile & 1);

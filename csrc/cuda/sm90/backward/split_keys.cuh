@@ -8,8 +8,9 @@
 // of dV and dK and never leave its registers. Only dS goes through shared memory, for dQ, which sums over the keys of
 // both.
 //
-// Of the first warpgroup, one thread of warp 0 loads by TMA, and one each of warps 1 and 2 adds the finished dQ of a
-// consumer to the workspace. Thread blocks stay: while one's dK and dV leave, its next tiles are on their way.
+// Of the first warpgroup, one thread of warp 0 loads by TMA, one each of warps 1 and 2 adds the finished dQ of a
+// consumer to the workspace, and warp 3 clears rows of Q and dO that see nothing. Thread blocks stay: while one's dK
+// and dV leave, its next tiles are on their way.
 //
 // The tensor core has something queued while a consumer does arithmetic: dP runs under the exponentials, dV under dS,
 // and the next tile's S under the hand-over of dQ.
@@ -37,28 +38,35 @@ struct alignas(1024) SplitKeysShared {
   uint64_t k_full, v_full, keys_empty;
   uint64_t q_full[C::kStages], q_empty[C::kStages];
   uint64_t do_full[C::kStages], do_empty[C::kStages];
+  uint64_t q_raw[C::kStages], do_raw[C::kStages];  // the same where rows are to be cleared first: see clear_all
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];  // filled and emptied by both consumers
   uint64_t dq_full[2], dq_empty[2];                          // by consumer
-  BackwardWalks walks;
+  BackwardWalks<C> walks;
 };
 
 // ---- walks --------------------------------------------------------------------------------------------------------
 
-// Those who read what a walk is: eight consumer warps and two writers.
-inline constexpr int kWalkReaders = 8 + 2;
+// Those who read what a walk is: eight consumer warps, two writers, and the warp that clears.
+inline constexpr int kWalkReaders = 8 + 2 + 1;
+
+// The first walk of each thread block needs no counter, unless they add in order: a thread block must not wait for the
+// turn of one that may have no place to run.
+__device__ __forceinline__ int32_t take_walk(const BackwardArguments& args) {
+  return static_cast<int32_t>(ptx::fetch_add(args.workspace.next_block, 1) + (args.deterministic ? 0 : gridDim.x));
+}
 
 template <class C>
 __device__ __forceinline__ void produce_all(const BackwardArguments& args, SplitKeysShared<C>& shared) {
   ptx::wait_for_previous_kernel();
   int32_t tile = 0, walks = 0;
-  int32_t block = blockIdx.x;
+  int32_t walk = args.deterministic ? take_walk(args) : blockIdx.x;
   for (int32_t turn = 0;; ++turn) {
-    const BackwardWork& work = shared.walks.template describe<C>(args, turn, block, 0);
+    const BackwardWork<C>& work = shared.walks.describe(args, turn, walk, 0);
     if (work.count < 0) return;
     produce<C>(args, shared, work, tile, walks);
     tile += work.count;
     walks += work.count > 0;
-    block = static_cast<int32_t>(gridDim.x + ptx::fetch_add(args.workspace.next_block, 1));
+    walk = take_walk(args);
   }
 }
 
@@ -67,7 +75,7 @@ __device__ __forceinline__ void produce_all(const BackwardArguments& args, Split
 // One thread for each consumer w: adds what it hands over to the workspace.
 template <class C>
 __device__ __forceinline__ void add_dq(const BackwardArguments& args, SplitKeysShared<C>& shared,
-                                       const BackwardWork& work, int32_t tile, int w) {
+                                       const BackwardWork<C>& work, int32_t tile, int w) {
   const SumTurn turn = SumTurn::make<C>(args, work);
   float* gDq = nullptr;
   for (BackwardStep step(work, tile); step.index < work.count; step.next(work)) {
@@ -94,7 +102,7 @@ __device__ __forceinline__ void add_all(const BackwardArguments& args, SplitKeys
   ptx::wait_for_previous_kernel();
   int32_t tile = 0;
   for (int32_t turn = 0;; ++turn) {
-    const BackwardWork& work = shared.walks.wait(turn);
+    const BackwardWork<C>& work = shared.walks.wait(turn);
     if (work.count < 0) return;
     add_dq<C>(args, shared, work, tile, w);
     tile += work.count;
@@ -109,7 +117,7 @@ template <class C>
 struct SplitKeysConsumer {
   const BackwardArguments& args;
   SplitKeysShared<C>& shared;
-  const BackwardWork& work;
+  const BackwardWork<C>& work;
   int w, thread, lane;
   int32_t row;               // the warp's first key in the block
   uint64_t k_rows, v_rows;   // this consumer's keys of K and V
@@ -121,7 +129,7 @@ struct SplitKeysConsumer {
   static constexpr int kBufferStep = C::kQueryPanels * C::kN * kPanelRowBytes >> 4;
 
   __device__ __forceinline__ SplitKeysConsumer(const BackwardArguments& args, SplitKeysShared<C>& shared,
-                                               const BackwardWork& work, int w, int thread)
+                                               const BackwardWork<C>& work, int w, int thread)
       : args(args), shared(shared), work(work), w(w), thread(thread), lane(thread % 32) {
     constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
     row = 64 * w + thread / 32 * 16;
@@ -136,12 +144,10 @@ struct SplitKeysConsumer {
   }
 
   __device__ __forceinline__ void wait_q(const BackwardStep& step) {
-    wait_query_tile<C>(work, shared.q[step.stage<C>()], &shared.q_full[step.stage<C>()], step.parity<C>(), step.m, w,
-                       thread);
+    ptx::mbarrier_wait(&shared.q_full[step.stage<C>()], step.parity<C>());
   }
   __device__ __forceinline__ void wait_do(const BackwardStep& step) {
-    wait_query_tile<C>(work, shared.d_o[step.stage<C>()], &shared.do_full[step.stage<C>()], step.parity<C>(), step.m, w,
-                       thread);
+    ptx::mbarrier_wait(&shared.do_full[step.stage<C>()], step.parity<C>());
   }
   // The whole warp is done with something that others wait for.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
@@ -220,7 +226,7 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   issue_key_gradient<C>(dv, p, do_tile);
 
   ptx::wgmma_wait<1>();
-  ptx::pin(dp);
+  ptx::fence_operand(dp);
   score_gradients<C, kCapped>(c.args, s, dp, ds, c.shared.lse2[stage], c.lane);
   if constexpr (kFirst) c.wait_stores();
   c.share_ds(ds, tile);
@@ -232,7 +238,7 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   if constexpr (!C::kDqFirst && !kFirst) c.issue_dq(dq, tile - 1);
   if constexpr (C::kDqFirst && !kFirst) {
     ptx::wgmma_wait<1>();
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     c.store_dq(dq, tile - 1);
   }
 
@@ -248,19 +254,19 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
   }
   c.arrive(&c.shared.q_empty[stage]);
   if constexpr (!C::kDqFirst && !kFirst) {
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     c.store_dq(dq, tile - 1);
     c.hand_over_dq();
   }
   if constexpr (!kLast) {
     ptx::wgmma_wait<0>();
-    ptx::pin(s);
+    ptx::fence_operand(s);
   }
 }
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeysShared<C>& shared,
-                                        const BackwardWork& work, int32_t tile, int32_t walks, int w, int thread) {
+                                        const BackwardWork<C>& work, int32_t tile, int32_t walks, int w, int thread) {
   float dk[C::kH / 2], dv[C::kH / 2];
 #pragma unroll
   for (int i = 0; i < C::kH / 2; ++i) dk[i] = dv[i] = 0.0f;
@@ -274,7 +280,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
     issue_products<C>(s, c.k_rows, c.q_tile + step.stage<C>() * c.kStageStep);
     wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, walks & 1, w, thread);
     ptx::wgmma_wait<0>();
-    ptx::pin(s);
+    ptx::fence_operand(s);
 
     if (work.count == 1) {
       take_tile<C, kCapped, true, true>(c, step, s, dk, dv);
@@ -286,17 +292,23 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
     float dq[32];
     c.issue_dq(dq, step.tile - 1);
     ptx::wgmma_wait<0>();
-    ptx::pin(dq);
+    ptx::fence_operand(dq);
     c.store_dq(dq, step.tile - 1);
     c.hand_over_dq();
-    ptx::pin(dk);
-    ptx::pin(dv);
+    ptx::fence_operand(dk);
+    ptx::fence_operand(dv);
   } else {
     c.wait_stores();
   }
   ptx::named_barrier_sync(kConsumers, C::kConsumers);  // nobody reads K, V and dS any more
   if (work.count > 0 && w == 0 && thread == 0) ptx::mbarrier_arrive(&shared.keys_empty);
 
+  if (args.parts > 1) {
+    if (work.count == 0) return;
+    add_key_gradient<C>(args, dv, work, 1, work.n0 + 64 * w, thread);
+    add_key_gradient<C>(args, dk, work, 0, work.n0 + 64 * w, thread);
+    return;
+  }
   // dV leaves through this consumer's rows of dS, dK through its dQ once that has been added.
   store_key_gradient<C>(shared.ds[0][(C::kDsByQuery ? C::kM : 64) * w], C::kN * kPanelRowBytes, &args.dv, dv, 1.0f,
                         work, work.n0 + 64 * w, w, thread);
@@ -310,7 +322,7 @@ __device__ __forceinline__ void consume_all(const BackwardArguments& args, Split
                                             int thread) {
   int32_t tile = 0, walks = 0;
   for (int32_t turn = 0;; ++turn) {
-    const BackwardWork& work = shared.walks.wait(turn);
+    const BackwardWork<C>& work = shared.walks.wait(turn);
     if (work.count < 0) break;
     consume<C, kCapped>(args, shared, work, tile, walks, w, thread);
     tile += work.count;
@@ -348,7 +360,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_give<C::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (warp < 3 && ptx::elect_one()) {
+    if (warp == 3) {
+      clear_all<C>(args, shared);
+    } else if (ptx::elect_one()) {
       if (warp == 0) {
         produce_all<C>(args, shared);
       } else {

@@ -67,7 +67,7 @@ __device__ __forceinline__ void take_probabilities(PairedDq<C>& paired, const Ba
                                                    const RowStatistic<C>& lse2, uint32_t (&p)[C::kM / 4]) {
   const int lane = paired.thread % 32;
   ptx::wgmma_wait<0>();
-  ptx::pin(s);
+  ptx::fence_operand(s);
   probabilities<C, kCapped>(paired.args, paired.work, s, p, lse2, paired.work.tiles, step.m,
                             paired.work.n0 + paired.thread / 32 * 16 + lane / 4, lane);
   if (lane == 0) ptx::mbarrier_arrive(&paired.shared.q_empty[step.stage<C>()]);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   for (int i = 0; i < C::kM / 16; ++i) sP[32 * i] = make_uint4(p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]);
   ptx::named_barrier_arrive(kPReady, C::kConsumers);
 
-  wait_query_tile<C>(paired.work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, 0, thread);
+  ptx::mbarrier_wait(&shared.do_full[stage], step.parity<C>());
   issue_key_gradient<C>(dv, p, do_tile + stage * kQueryStep<C>);
 
   const BackwardStep done = step;
@@ -97,7 +97,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
   if constexpr (!kLast) {
     const int next = step.stage<C>();
     float s[C::kM / 2];
-    wait_query_tile<C>(paired.work, shared.q[next], &shared.q_full[next], step.parity<C>(), step.m, 0, thread);
+    ptx::mbarrier_wait(&shared.q_full[next], step.parity<C>());
     issue_products<C>(s, k_tile, q_tile + next * kQueryStep<C>);
     const RowStatistic<C> lse2 = load_lse2(paired, step);
     ptx::wgmma_wait<1>();
@@ -114,7 +114,7 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume_scores(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                               const BackwardWork& work, int32_t tile, int32_t walks, int thread) {
+                                               const BackwardWork<C>& work, int32_t tile, int32_t walks, int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dv[C::kH / 2];
@@ -133,17 +133,21 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 0, thread);
     wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 0, thread);
     const int stage = step.stage<C>();
-    wait_query_tile<C>(work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, 0, thread);
+    ptx::mbarrier_wait(&shared.q_full[stage], step.parity<C>());
     issue_products<C>(s, k_tile, q_tile + stage * kQueryStep<C>);
     take_probabilities<C, kCapped>(paired, step, s, load_lse2(paired, step), p);
 
     while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
     take_scores<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
     paired.pass_on_last();
-    ptx::pin(dv);
+    ptx::fence_operand(dv);
   }
   meet_consumers<C>(0);  // nobody reads K and V any more
-  store_key_gradient<C>(shared.v, C::kN * kPanelRowBytes, &args.dv, dv, 1.0f, work, work.n0, 0, thread);
+  if (args.parts > 1) {
+    if (work.count > 0) add_key_gradient<C>(args, dv, work, 1, work.n0, thread);
+  } else {
+    store_key_gradient<C>(shared.v, C::kN * kPanelRowBytes, &args.dv, dv, 1.0f, work, work.n0, 0, thread);
+  }
   if (thread == 0) {
     ptx::bulk_wait_read<0>();
     ptx::mbarrier_arrive(&shared.keys_empty);
@@ -160,7 +164,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
   uint32_t p[C::kM / 4], ds[C::kM / 4];
-  wait_query_tile<C>(paired.work, shared.q[stage], &shared.q_full[stage], step.parity<C>(), step.m, 1, thread);
+  ptx::mbarrier_wait(&shared.q_full[stage], step.parity<C>());
 
   ptx::named_barrier_sync(kPReady, C::kConsumers);
   const uint4* sP = packed_p<C>(shared, thread);
@@ -189,7 +193,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
   step.next(paired.work);
   if constexpr (!kLast) {
     const int next = step.stage<C>();
-    wait_query_tile<C>(paired.work, shared.d_o[next], &shared.do_full[next], step.parity<C>(), step.m, 1, thread);
+    ptx::mbarrier_wait(&shared.do_full[next], step.parity<C>());
     issue_products<C>(dp, v_tile, do_tile + next * kQueryStep<C>);
     ptx::wgmma_wait<1>();
   } else {
@@ -199,7 +203,7 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
 
   paired.template add<!kLast>(done);
   if constexpr (!kLast) {
-    ptx::pin(dp);
+    ptx::fence_operand(dp);
   } else {
     if (thread == 0) ptx::mbarrier_wait(&shared.ds_sent, done.tile & 1);
     __syncwarp();
@@ -208,7 +212,8 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume_gradients(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                                  const BackwardWork& work, int32_t tile, int32_t walks, int thread) {
+                                                  const BackwardWork<C>& work, int32_t tile, int32_t walks,
+                                                  int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dk[C::kH / 2];
@@ -227,19 +232,23 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 1, thread);
     wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 1, thread);
     const int stage = step.stage<C>();
-    wait_query_tile<C>(work, shared.d_o[stage], &shared.do_full[stage], step.parity<C>(), step.m, 1, thread);
+    ptx::mbarrier_wait(&shared.do_full[stage], step.parity<C>());
     issue_products<C>(dp, v_tile, do_tile + stage * kQueryStep<C>);
     ptx::wgmma_wait<0>();
-    ptx::pin(dp);
+    ptx::fence_operand(dp);
 
     while (step.index < work.count - 1)
       take_gradients<C, kCapped, false>(paired, step, dp, dk, v_tile, q_tile, do_tile);
     take_gradients<C, kCapped, true>(paired, step, dp, dk, v_tile, q_tile, do_tile);
     paired.pass_on_last();
-    ptx::pin(dk);
+    ptx::fence_operand(dk);
   }
   meet_consumers<C>(1);  // nobody reads K and V any more
-  store_key_gradient<C>(shared.k, C::kN * kPanelRowBytes, &args.dk, dk, args.softmax_scale, work, work.n0, 1, thread);
+  if (args.parts > 1) {
+    if (work.count > 0) add_key_gradient<C>(args, dk, work, 0, work.n0, thread);
+  } else {
+    store_key_gradient<C>(shared.k, C::kN * kPanelRowBytes, &args.dk, dk, args.softmax_scale, work, work.n0, 1, thread);
+  }
   if (thread == 0) {
     ptx::bulk_wait_read<0>();
     ptx::mbarrier_arrive(&shared.keys_empty);
@@ -249,8 +258,8 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
 
 // ---- walks --------------------------------------------------------------------------------------------------------
 
-// Those who read what a walk is: eight consumer warps and the thread that acknowledges.
-inline constexpr int kPairWalkReaders = 8 + 1;
+// Those who read what a walk is: eight consumer warps, the thread that acknowledges, and the warp that clears.
+inline constexpr int kPairWalkReaders = 8 + 1 + 1;
 
 template <class C>
 __device__ __forceinline__ void produce_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared) {
@@ -259,7 +268,7 @@ __device__ __forceinline__ void produce_pairs(const BackwardArguments& args, Spl
   int32_t tile = 0;
   for (int32_t turn = 0;; ++turn) {
     const int32_t pair = take_ticket(args, shared, turn, rank);
-    const BackwardWork& work = shared.walks.template describe<C>(args, turn, pair, rank);
+    const BackwardWork<C>& work = shared.walks.describe(args, turn, pair, rank);
     if (work.count < 0) return;
     produce<C>(args, shared, work, tile, turn);
     // Without tiles zeros leave through the buffers of K and V.
@@ -273,7 +282,7 @@ __device__ __forceinline__ void consume_pairs(const BackwardArguments& args, Spl
   ptx::wait_for_previous_kernel();
   int32_t tile = 0, walks = 0;
   for (int32_t turn = 0;; ++turn) {
-    const BackwardWork work = shared.walks.wait(turn);
+    const BackwardWork<C> work = shared.walks.wait(turn);
     if (work.count < 0) return;
     if constexpr (kScores) {
       consume_scores<C, kCapped>(args, shared, work, tile, walks, thread);
@@ -314,7 +323,9 @@ __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads
   if (warpgroup == 0) {
     ptx::registers_give<C::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (warp < 2 && ptx::elect_one()) {
+    if (warp == 2) {
+      clear_all<C>(args, shared);
+    } else if (warp < 2 && ptx::elect_one()) {
       if (warp == 0) {
         produce_pairs<C>(args, shared);
       } else {

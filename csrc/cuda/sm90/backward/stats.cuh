@@ -22,7 +22,18 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b) {
   return sum;
 }
 
-// One block takes 128 rows of a query head. Eight elements a lane, so H is a multiple of 8.
+// A clear 128 rows of sums.
+template <class C>
+__device__ __forceinline__ void clear_sums(float* gRows) {
+  float4* gSums = reinterpret_cast<float4*>(gRows);
+#pragma unroll 8
+  for (int i = threadIdx.x; i < kStatsRows * C::kH / 4; i += kStatsThreads) {
+    gSums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
+
+// One block takes 128 rows of a query head; more blocks clear 128 rows each of the sums of dK and dV. Eight elements a
+// lane, so H is a multiple of 8.
 template <class C>
 __global__ void __launch_bounds__(kStatsThreads) backward_stats_kernel(const __grid_constant__ BackwardArguments args) {
   constexpr int kLanes = C::kH <= 64 ? 8 : C::kH <= 128 ? 16 : 32;  // of a row
@@ -34,17 +45,17 @@ __global__ void __launch_bounds__(kStatsThreads) backward_stats_kernel(const __g
   const int i0 = blockIdx.x % blocks * kStatsRows;
   const int64_t N = args.shape.K * args.shape.G;
   const int64_t b = head / N, n = head % N;
+  if (b >= args.shape.B) {
+    clear_sums<C>(args.workspace.key_sums + (blockIdx.x - args.shape.B * N * blocks) * (kStatsRows * C::kH));
+    return;
+  }
   const DiagonalBand band = make_diagonal_band(args.shape, args.band, b, n / args.shape.G);
   const int column = threadIdx.x % kLanes * 8;
 
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.next_block = 0;
   const int64_t row0 = head * args.workspace.rows + i0;
   if (threadIdx.x < kStatsRows / 32) args.workspace.turns[row0 / 32 + threadIdx.x] = 0;
-  float4* gSums = reinterpret_cast<float4*>(args.workspace.dq + row0 * C::kH);
-#pragma unroll 8
-  for (int i = threadIdx.x; i < kStatsRows * C::kH / 4; i += kStatsThreads) {
-    gSums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
+  clear_sums<C>(args.workspace.dq + row0 * C::kH);
 
 #pragma unroll 4
   for (int r = threadIdx.x / kLanes; r < kStatsRows; r += kRowsAtOnce) {

@@ -6,6 +6,7 @@
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/reduce.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -34,6 +35,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
   for (int i = 0; i < C::kStages; ++i) {
     ptx::mbarrier_init(&shared.q_full[i], 1);
     ptx::mbarrier_init(&shared.do_full[i], 1);
+    ptx::mbarrier_init(&shared.q_raw[i], 1);
+    ptx::mbarrier_init(&shared.do_raw[i], 1);
     ptx::mbarrier_init(&shared.q_empty[i], C::kConsumers / 32);
     ptx::mbarrier_init(&shared.do_empty[i], C::kConsumers / 32);
   }
@@ -54,7 +57,7 @@ __device__ __forceinline__ void load_panels(void* sTile, const CUtensorMap* map,
 // K of the pair's other block: the columns of dQ that this block computes.
 template <class C, class Shared>
 __device__ __forceinline__ void load_peer_keys(const BackwardArguments& args, Shared& shared,
-                                               const BackwardWork& work) {
+                                               const BackwardWork<C>& work) {
   const int column = (work.n0 % kSumKeys == 0 ? 0 : 2) * kPanelColumns;
   ptx::mbarrier_arrive_expect(&shared.k_peer_full, sizeof(shared.k_peer));
   for (int p = 0; p < 2; ++p) {
@@ -66,7 +69,7 @@ __device__ __forceinline__ void load_peer_keys(const BackwardArguments& args, Sh
 // The producer: one thread that keeps K, V and the tiles of Q, dO and their statistics coming. walks: with tiles, that
 // the thread block has made before.
 template <class C, class Shared>
-__device__ __forceinline__ void produce(const BackwardArguments& args, Shared& shared, const BackwardWork& work,
+__device__ __forceinline__ void produce(const BackwardArguments& args, Shared& shared, const BackwardWork<C>& work,
                                         int32_t tile, int32_t walks) {
   constexpr uint32_t kKeyBytes = C::kPanels * C::kN * kPanelRowBytes;
   constexpr uint32_t kQueryBytes = C::kPanels * C::kM * kPanelRowBytes, kStatisticBytes = C::kM * sizeof(float);
@@ -78,12 +81,16 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
     const int head = work.kh * G + step.g;
     const int64_t row = query_head(args, work, step.g) * args.workspace.rows + m0;
 
+    const bool careful = work.careful(step.m);
+    uint64_t* q_full = careful ? &shared.q_raw[stage] : &shared.q_full[stage];
+    uint64_t* do_full = careful ? &shared.do_raw[stage] : &shared.do_full[stage];
+
     ptx::mbarrier_wait(&shared.q_empty[stage], free_parity);
     // In a pair the scores read lse2 where it is.
-    ptx::mbarrier_arrive_expect(&shared.q_full[stage], kQueryBytes + (C::kBlocks == 1 ? kStatisticBytes : 0));
-    load_panels<C>(shared.q[stage], &args.q, &shared.q_full[stage], C::kM, m0, head, work.b);
+    ptx::mbarrier_arrive_expect(q_full, kQueryBytes + (C::kBlocks == 1 ? kStatisticBytes : 0));
+    load_panels<C>(shared.q[stage], &args.q, q_full, C::kM, m0, head, work.b);
     if constexpr (C::kBlocks == 1) {
-      ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, kStatisticBytes, &shared.q_full[stage]);
+      ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, kStatisticBytes, q_full);
     }
     if (step.index == 0) {
       ptx::mbarrier_wait(&shared.keys_empty, walks & 1 ^ 1);
@@ -94,15 +101,59 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
       if constexpr (C::kBlocks == 2) load_peer_keys<C>(args, shared, work);
     }
     ptx::mbarrier_wait(&shared.do_empty[stage], free_parity);
-    ptx::mbarrier_arrive_expect(&shared.do_full[stage], kQueryBytes + kStatisticBytes);
-    load_panels<C>(shared.d_o[stage], &args.d_o, &shared.do_full[stage], C::kM, m0, head, work.b);
-    ptx::bulk_load(shared.minus_delta[stage], args.workspace.minus_delta + row, kStatisticBytes,
-                   &shared.do_full[stage]);
+    ptx::mbarrier_arrive_expect(do_full, kQueryBytes + kStatisticBytes);
+    load_panels<C>(shared.d_o[stage], &args.d_o, do_full, C::kM, m0, head, work.b);
+    ptx::bulk_load(shared.minus_delta[stage], args.workspace.minus_delta + row, kStatisticBytes, do_full);
   }
 }
 
-// Rows [begin, rows) of a tile become zero: what lies past a sequence's length may be NaN, and 0 * NaN is not 0. Each
-// consumer does it for itself, so that they need not meet.
+// A warp. Rows of a query tile that see nothing become zero, once it has come: a gradient that comes back to one may be
+// NaN, as may all that lies past a sequence's length, and 0 * NaN is not 0. Then the consumers are told.
+template <class C>
+__device__ __forceinline__ void clear_unseen_rows(void* sTile, const float* gLse2, uint64_t* raw, uint64_t* full,
+                                                  uint32_t parity, int lane) {
+  ptx::mbarrier_wait(raw, parity);
+#pragma unroll 1
+  for (int row = lane / 8; row < C::kM; row += 4) {
+    if (gLse2[row] != infinity()) continue;
+#pragma unroll 1
+    for (int p = 0; p < C::kPanels; ++p) {
+      uint4* sRow = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + (p * C::kM + row) * kPanelRowBytes);
+      sRow[lane % 8] = uint4{0, 0, 0, 0};
+    }
+  }
+  ptx::fence_async_shared();
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(full);
+}
+
+// The warp that does so, in all walks. The consumers have no registers and no time for it.
+template <class C, class Shared>
+__device__ __forceinline__ void clear_all(const BackwardArguments& args, Shared& shared) {
+  ptx::wait_for_previous_kernel();
+  const int lane = threadIdx.x % 32;
+  uint32_t parities = 0;  // by stage: only tiles that want care come this way
+  int32_t tile = 0;
+  for (int32_t turn = 0;; ++turn) {
+    const BackwardWork<C>& work = shared.walks.wait(turn);
+    if (work.count < 0) return;
+    for (BackwardStep step(work, tile); step.index < work.count; step.next(work)) {
+      if (!work.careful(step.m)) continue;
+      const int stage = step.stage<C>();
+      const uint32_t parity = parities >> stage & 1;
+      const float* gLse2 = args.workspace.lse2 + sum_row<C>(args, work, step.m, step.g);
+      clear_unseen_rows<C>(shared.q[stage], gLse2, &shared.q_raw[stage], &shared.q_full[stage], parity, lane);
+      clear_unseen_rows<C>(shared.d_o[stage], gLse2, &shared.do_raw[stage], &shared.do_full[stage], parity, lane);
+      parities ^= 1u << stage;
+    }
+    tile += work.count;
+    __syncwarp();
+    if (lane == 0) shared.walks.end(turn);
+  }
+}
+
+// Rows [begin, rows) of a tile of K or V become zero: what lies past a sequence's length may be NaN, and 0 * NaN is not
+// 0. Each consumer does it for itself, so that they need not meet.
 __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, int begin, int w, int thread) {
   for (int p = 0; p < panels; ++p) {
     uint4* sPanel = reinterpret_cast<uint4*>(static_cast<char*>(sTile) + p * rows * kPanelRowBytes);
@@ -112,21 +163,9 @@ __device__ __forceinline__ void clear_rows(void* sTile, int panels, int rows, in
   ptx::named_barrier_sync(kWarpgroup + w, 128);
 }
 
-// Waits for a query tile and clears what lies past the sequence's queries. What is compared after the wait is read
-// before it: behind the wait its latency would come before the products.
+// Waits for `panels` panels of K or V, keys n0 ..., and clears what lies past the sequence's keys.
 template <class C>
-__device__ __forceinline__ void wait_query_tile(const BackwardWork& work, void* sTile, uint64_t* full, uint32_t parity,
-                                                int32_t m, int w, int thread) {
-  const int32_t first_short = work.first_short;
-  ptx::mbarrier_wait(full, parity);
-  if (m >= first_short) {
-    clear_rows(sTile, C::kPanels, C::kM, max_i32(0, work.band.T - m * C::kM), w, thread);
-  }
-}
-
-// The same for `panels` panels of K or V, keys n0 ...
-template <class C>
-__device__ __forceinline__ void wait_key_tile(const BackwardArguments& args, const BackwardWork& work, void* sTile,
+__device__ __forceinline__ void wait_key_tile(const BackwardArguments& args, const BackwardWork<C>& work, void* sTile,
                                               int panels, int32_t n0, uint64_t* full, uint32_t parity, int w,
                                               int thread) {
   ptx::mbarrier_wait(full, parity);
@@ -209,7 +248,7 @@ __device__ __forceinline__ float capped_probability(float tanh_score, float log2
 // s: products, [64 keys, M queries] -> probabilities, or with a softcap tanh(...); p: probabilities, packed. tiles:
 // work.tiles, read by the caller before it issues products.
 template <class C, bool kCapped>
-__device__ __forceinline__ void probabilities(const BackwardArguments& args, const BackwardWork& work,
+__device__ __forceinline__ void probabilities(const BackwardArguments& args, const BackwardWork<C>& work,
                                               float (&s)[C::kM / 2], uint32_t (&p)[C::kM / 4],
                                               const RowStatistic<C>& lse2, const BlockRange& tiles, int32_t m,
                                               int32_t key, int lane) {
@@ -219,7 +258,7 @@ __device__ __forceinline__ void probabilities(const BackwardArguments& args, con
   }
   if (m < tiles.full_begin || m >= tiles.full_end) {
     const int32_t first = m * C::kM + lane % 4 * 2;
-    const DiagonalBand& band = work.band;
+    const typename C::Band& band = work.band;
     const int begin[2] = {band.query_begin(key) - first, band.query_begin(key + 8) - first};
     const int end[2] = {band.query_end(key) - first, band.query_end(key + 8) - first};
     keep_columns(s, begin, end, kCapped ? kHiddenTanh : 0.0f);
@@ -284,7 +323,7 @@ __device__ __forceinline__ void store_transposed(void* sPanel, const uint32_t (&
 // panel_bytes.
 template <class C>
 __device__ __forceinline__ void store_key_gradient(void* sRows, int panel_bytes, const CUtensorMap* map,
-                                                   float (&acc)[C::kH / 2], float scale, const BackwardWork& work,
+                                                   float (&acc)[C::kH / 2], float scale, const BackwardWork<C>& work,
                                                    int32_t row0, int w, int thread) {
 #pragma unroll
   for (int i = 0; i < C::kH / 2; ++i) acc[i] *= scale;
@@ -299,6 +338,18 @@ __device__ __forceinline__ void store_key_gradient(void* sRows, int panel_bytes,
       ptx::tma_store_4d(map, static_cast<char*>(sRows) + p * panel_bytes, p * kPanelColumns, work.kh, row0, work.b);
     }
     ptx::bulk_commit();
+  }
+}
+
+// The same, where parts of a group add to it: unscaled, to the sums of dK (which: 0) or dV (1).
+template <class C>
+__device__ __forceinline__ void add_key_gradient(const BackwardArguments& args, const float (&acc)[C::kH / 2],
+                                                 const BackwardWork<C>& work, int which, int32_t row0, int thread) {
+  const int64_t kv_head = static_cast<int64_t>(work.b) * args.shape.K + work.kh;
+  float* gSums = key_sums<C>(args, kv_head, which, row0) + thread * 4;
+#pragma unroll
+  for (int i = 0; i < C::kH / 8; ++i) {
+    ptx::red_add_v4(gSums + i * 512, acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
   }
 }
 

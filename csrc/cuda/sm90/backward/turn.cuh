@@ -16,10 +16,10 @@ struct SumTurn {
   BlockRange before_tiles;  // that it visits: as ranges move monotonically, no other can come right before
 
   template <class C>
-  __device__ __forceinline__ static SumTurn make(const BackwardArguments& args, const BackwardWork& work) {
+  __device__ __forceinline__ static SumTurn make(const BackwardArguments& args, const BackwardWork<C>& work) {
     SumTurn turn;
     turn.n = work.n0 / kSumKeys;
-    turn.before = BackwardWork::last_first(args) ? turn.n + 1 : turn.n - 1;
+    turn.before = last_first(args) ? turn.n + 1 : turn.n - 1;
     turn.before_tiles = turn.before < 0
                             ? BlockRange{0, 0, 0, 0}
                             : query_blocks(work.band, turn.before * kSumKeys, (turn.before + 1) * kSumKeys, C::kM);
@@ -27,13 +27,13 @@ struct SumTurn {
   }
 
   template <class C>
-  __device__ __forceinline__ static uint16_t* slot(const BackwardArguments& args, const BackwardWork& work, int32_t m,
-                                                   int32_t g, int half) {
+  __device__ __forceinline__ static uint16_t* slot(const BackwardArguments& args, const BackwardWork<C>& work,
+                                                   int32_t m, int32_t g, int half) {
     return args.workspace.turns + sum_row<C>(args, work, m, g) / 32 + half;
   }
 
   template <class C>
-  __device__ __forceinline__ void wait(const BackwardArguments& args, const BackwardWork& work, int32_t m, int32_t g,
+  __device__ __forceinline__ void wait(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m, int32_t g,
                                        int half) const {
     const bool follows = m >= before_tiles.begin && m < before_tiles.end;
     const uint16_t expected = static_cast<uint16_t>(follows ? before + 1 : 0);
@@ -42,8 +42,8 @@ struct SumTurn {
   }
 
   template <class C>
-  __device__ __forceinline__ void pass_on(const BackwardArguments& args, const BackwardWork& work, int32_t m, int32_t g,
-                                          int half) const {
+  __device__ __forceinline__ void pass_on(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m,
+                                          int32_t g, int half) const {
     ptx::store_release(slot<C>(args, work, m, g, half), static_cast<uint16_t>(n + 1));
   }
 };

@@ -10,9 +10,10 @@ inline constexpr int kWalkSlots = 4;
 
 // What a thread block does, and what comes next. Everybody reads a description where it is, for registers are scarce.
 // turn counts key blocks.
+template <class C>
 struct BackwardWalks {
   uint64_t full[kWalkSlots], empty[kWalkSlots];
-  BackwardWork work[kWalkSlots];  // count -1: no more
+  BackwardWork<C> work[kWalkSlots];  // count -1: no more
 
   // readers: those who call end().
   __device__ __forceinline__ void init(int readers) {
@@ -22,14 +23,13 @@ struct BackwardWalks {
     }
   }
 
-  // The producer: describes key block (or pair) `cluster`, or that there is none.
-  template <class C>
-  __device__ __forceinline__ const BackwardWork& describe(const BackwardArguments& args, int32_t turn, int32_t cluster,
-                                                          int32_t rank) {
-    BackwardWork& next = work[turn % kWalkSlots];
+  // The producer: describes walk number `walk`, or that there is none.
+  __device__ __forceinline__ const BackwardWork<C>& describe(const BackwardArguments& args, int32_t turn, int32_t walk,
+                                                             int32_t rank) {
+    BackwardWork<C>& next = work[turn % kWalkSlots];
     ptx::mbarrier_wait(&empty[turn % kWalkSlots], turn / kWalkSlots & 1 ^ 1);
-    if (cluster < args.all_key_blocks) {
-      next = BackwardWork::make<C>(args, cluster, rank);
+    if (walk < args.all_walks) {
+      next = BackwardWork<C>::make(args, walk, rank);
     } else {
       next.count = -1;
     }
@@ -37,7 +37,7 @@ struct BackwardWalks {
     return next;
   }
 
-  __device__ __forceinline__ const BackwardWork& wait(int32_t turn) {
+  __device__ __forceinline__ const BackwardWork<C>& wait(int32_t turn) {
     ptx::mbarrier_wait(&full[turn % kWalkSlots], turn / kWalkSlots & 1);
     return work[turn % kWalkSlots];
   }

@@ -12,22 +12,22 @@ namespace jax_flash::sm90 {
 struct ForwardTile {
   int warpgroups;
   int keys;
-  bool take_turns;  // named barriers make one warpgroup's softmax run under the others' products
-  int polynomial;   // of every 16 exponentials, how many run on the FMA pipe instead of the exponential unit
-  int stages;       // of K and of V
-  bool forward;     // walks from the first keys to the last, not the other way
+  bool scheduler_barriers;  // named barriers make one warpgroup's softmax run under the others' products
+  int polynomial;           // of every 16 exponentials, how many run on the FMA pipe instead of the exponential unit
+  int stages;               // of K and of V
+  bool forward;             // walks from the first keys to the last, not the other way
 };
 
 // Three warpgroups share each K and V that is fetched from L2, which is a seventh of the energy at head dim 128; two
-// waste less on a diagonal and at the ends of `brief` walks.
-__host__ __device__ constexpr ForwardTile forward_tile(int head_dim, bool brief) {
+// waste less on a diagonal and at the ends of tiles with few key blocks.
+__host__ __device__ constexpr ForwardTile forward_tile(int head_dim, bool few_blocks) {
   switch (head_dim) {
     case 64:
       return {3, 128, true, 2, 4, false};
     case 96:
       return {3, 96, true, 0, 3, false};
     case 128:
-      return brief ? ForwardTile{2, 128, true, 0, 2, true} : ForwardTile{3, 80, true, 0, 3, false};
+      return few_blocks ? ForwardTile{2, 128, true, 0, 2, true} : ForwardTile{3, 80, true, 0, 3, false};
     case 192:
       return {2, 96, true, 0, 2, true};
     default:
@@ -35,24 +35,24 @@ __host__ __device__ constexpr ForwardTile forward_tile(int head_dim, bool brief)
   }
 }
 
-// Whether a call is brief. (H128 causal on an H100 80GB HBM3: 424 against 404 TFLOP/s at 1024 keys, 491 against 504 at
-// 2048.)
-constexpr bool brief_walks(bool band, int64_t keys) { return band && keys < 2048; }
+// Whether the tiles of a call have few key blocks. (H128 causal on an H100 80GB HBM3: 424 against 404 TFLOP/s at 1024
+// keys, 491 against 504 at 2048.)
+constexpr bool few_key_blocks(bool band, int64_t keys) { return band && keys < 2048; }
 
 // Whether one kernel serves for both.
 __host__ __device__ constexpr bool same_tiles(int head_dim) {
   return forward_tile(head_dim, true).keys == forward_tile(head_dim, false).keys;
 }
 
-template <class Element_, int kHeadDim_, bool kBrief_>
+template <class Element_, int kHeadDim_, bool kFewBlocks_>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // the bucket; a smaller H is zero-filled
 
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim, kBrief_);
+  static constexpr ForwardTile kTile = forward_tile(kHeadDim, kFewBlocks_);
   static constexpr int kWarpgroups = kTile.warpgroups;
   static constexpr int kKeys = kTile.keys;
-  static constexpr bool kTakeTurns = kTile.take_turns;
+  static constexpr bool kSchedulerBarriers = kTile.scheduler_barriers;
   static constexpr int kPolynomial = kTile.polynomial;
   static constexpr int kStages = kTile.stages;
   static constexpr int kRows = 64;  // of one warpgroup

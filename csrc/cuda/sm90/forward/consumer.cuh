@@ -21,7 +21,7 @@ __device__ __forceinline__ void issue_scores(float (&rS)[Config::kKeys / 2], uin
   constexpr int kStepsPerPanel = Config::kPanelColumns / 16;
   constexpr int kQPanel = Config::kRows * Config::kPanelBytes >> 4;
   constexpr int kKPanel = Config::kKeys * Config::kPanelBytes >> 4;
-  ptx::hide_origin(q);  // sixteen descriptors of Q, loop-invariant, would overflow the uniform registers
+  ptx::launder(q);  // sixteen descriptors of Q, loop-invariant, would overflow the uniform registers
 #pragma unroll
   for (int i = 0; i < Config::kHeadDim / 16; ++i) {
     const int panel = i / kStepsPerPanel, within = i % kStepsPerPanel * (32 >> 4);
@@ -72,8 +72,8 @@ class Consumer {
       : shared(shared),
         a(a),
         warpgroup(warpgroup),
-        my_turn(1 + warpgroup),
-        next_turn(1 + (warpgroup + 1) % Config::kWarpgroups),
+        my_barrier(1 + warpgroup),
+        next_barrier(1 + (warpgroup + 1) % Config::kWarpgroups),
         thread(static_cast<int>(threadIdx.x) % 128),
         lane(thread % 32),
         row0(thread / 32 * 16 + lane / 4),
@@ -87,7 +87,8 @@ class Consumer {
   // up a step like any other.
   __device__ __forceinline__ void run() {
     // The token: a warpgroup waits at its own barrier for the one before it.
-    if (Config::kTakeTurns && warpgroup == Config::kWarpgroups - 1) ptx::named_barrier_arrive(next_turn, 256);
+    if (Config::kSchedulerBarriers && warpgroup == Config::kWarpgroups - 1)
+      ptx::named_barrier_arrive(next_barrier, 256);
     open(0);
     while (!work().last) {
       if (sees_nothing()) {
@@ -108,19 +109,19 @@ class Consumer {
           skip(skipped_after, false);
           break;
         }
-        turn_over();
+        last_and_first_block();
       }
     }
   }
 
  private:
-  enum class Softmax { kGeneral, kSettled, kSettledMasked };
+  enum class Softmax { kGeneral, kSteady, kSteadyMasked };
 
   __device__ __forceinline__ const ForwardWork& work(uint32_t rounds_ago = 0) const {
     return shared.work[(round - rounds_ago) % shared.kWorks];
   }
 
-  // Waits for the news of a tile, and with it for its Q.
+  // Waits for a tile's description, and with it for its Q.
   __device__ __forceinline__ void open(uint32_t next_round) {
     round = next_round;
     const QSlot slot(round);
@@ -131,20 +132,21 @@ class Consumer {
     return work(rounds_ago).query + warpgroup * a.queries;
   }
   __device__ __forceinline__ bool sees_nothing() const { return own.begin >= own.end; }
+  __device__ __forceinline__ Range& row_keys(int r) { return shared.row_keys[warpgroup][row0 + 8 * r]; }
 
   // The first block of a tile, alone.
   __device__ __forceinline__ void first_block() {
     wait_k(use);
     float rS[kKeys / 2];
-    ptx::pin(rS);
+    ptx::fence_operand(rS);
     ptx::wgmma_fence();
     issue_scores<Config>(rS, q_slot(), k_slot(use));
     ptx::wgmma_wait<0>();
-    ptx::pin(rS);
+    ptx::fence_operand(rS);
     free_k(use);
     if (own.end - 1 == own.begin) free_q();
     init_softmax();
-    soften(own.begin, rS);
+    online_softmax(own.begin, rS);
     pack_fragment<Element>(rS, rP);
     prepare_second();
   }
@@ -153,56 +155,66 @@ class Consumer {
   __device__ __forceinline__ void later_blocks() {
     accumulate = false;
     int32_t n = own.begin + 1;
-    for (; n < own.settled; ++n) step<Softmax::kGeneral>(n);
-    for (; n < own.full_end; ++n) step<Softmax::kSettled>(n);
-    for (; n < own.end; ++n) step<Softmax::kSettledMasked>(n);
+    for (; n < own.steady; ++n) step<Softmax::kGeneral>(n);
+    for (; n < own.full_end; ++n) step<Softmax::kSteady>(n);
+    for (; n < own.end; ++n) step<Softmax::kSteadyMasked>(n);
     clear_v(own.end - 1);
   }
 
   // The last O of the tile before this one, alone.
   __device__ __forceinline__ void last_output() {
     wait_v();
-    ptx::pin(rP);
-    ptx::pin(rO);
+    ptx::fence_operand(rP);
+    ptx::fence_operand(rO);
     ptx::wgmma_fence();
     issue_output<Config>(rO, rP, v_slot(), accumulate);
     ptx::wgmma_wait<0>();
-    ptx::pin(rO);
+    ptx::fence_operand(rO);
     free_v();
-    store(softmax);
+    store(finished());
   }
 
   // The last O of the tile before this one, and the first block of this one.
-  __device__ __forceinline__ void turn_over() {
+  __device__ __forceinline__ void last_and_first_block() {
     wait_k(use + 1);
     float rS[kKeys / 2];
-    ptx::pin(rS);
-    ptx::pin(rP);
-    ptx::pin(rO);
+    ptx::fence_operand(rS);
+    ptx::fence_operand(rP);
+    ptx::fence_operand(rO);
     ptx::wgmma_fence();
     issue_scores<Config>(rS, q_slot(), k_slot(use + 1));
     wait_v();
     ptx::wgmma_fence();
     issue_output<Config>(rO, rP, v_slot(), accumulate);
     ptx::wgmma_wait<1>();
-    ptx::pin(rS);
+    ptx::fence_operand(rS);
     free_k(use + 1);
     if (own.end - 1 == own.begin) free_q();
-    const LaggingSoftmax finished = softmax;
+    const LaggingSoftmax before = finished();
     init_softmax();
-    soften(own.begin, rS);
+    online_softmax(own.begin, rS);
     ptx::wgmma_wait<0>();
-    ptx::pin(rO);
-    ptx::pin(rP);
+    ptx::fence_operand(rO);
+    ptx::fence_operand(rP);
     free_v();
     pack_fragment<Element>(rS, rP);
-    store(finished);
+    store(before);
     prepare_second();
   }
 
   __device__ __forceinline__ void prepare_second() {
     clear_v(own.begin);
     if (own.begin + 1 < own.end) wait_k(use + 1);
+  }
+
+  // The state of the tile's rows at its end.
+  __device__ __forceinline__ LaggingSoftmax finished() {
+    LaggingSoftmax state = softmax;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row_keys(r).empty()) state.forget(r);
+    }
+    return state;
   }
 
   // O of the tile before this one.
@@ -213,37 +225,37 @@ class Consumer {
   // S of step n, under use + 1, while O takes the block of the step before, under use.
   template <Softmax kSoftmax>
   __device__ __forceinline__ void step(int32_t n) {
-    if (Config::kTakeTurns) ptx::named_barrier_sync(my_turn, 256);
+    if (Config::kSchedulerBarriers) ptx::named_barrier_sync(my_barrier, 256);
     float rS[kKeys / 2];
-    ptx::pin(rS);
-    ptx::pin(rP);
-    ptx::pin(rO);
+    ptx::fence_operand(rS);
+    ptx::fence_operand(rP);
+    ptx::fence_operand(rO);
     ptx::wgmma_fence();
     issue_scores<Config>(rS, q_slot(), k_slot(use + 1));
     wait_v();
     ptx::wgmma_fence();
     issue_output<Config>(rO, rP, v_slot(), accumulate);
-    if (Config::kTakeTurns) ptx::named_barrier_arrive(next_turn, 256);
+    if (Config::kSchedulerBarriers) ptx::named_barrier_arrive(next_barrier, 256);
     ptx::wgmma_wait<1>();
-    ptx::pin(rS);
+    ptx::fence_operand(rS);
     free_k(use + 1);
     if (n == own.end - 1) free_q();
     bool rescale;
-    if constexpr (kSoftmax == Softmax::kSettled) {
-      rescale = softmax.template update_settled<Config::kPolynomial>(rS, correction);
-    } else if constexpr (kSoftmax == Softmax::kSettledMasked) {
+    if constexpr (kSoftmax == Softmax::kSteady) {
+      rescale = softmax.template update_steady<Config::kPolynomial>(rS, correction);
+    } else if constexpr (kSoftmax == Softmax::kSteadyMasked) {
       hide(n, rS);
-      rescale = softmax.template update_settled<0>(rS, correction);
+      rescale = softmax.template update_steady<0>(rS, correction);
     } else {
-      rescale = soften(n, rS);
+      rescale = online_softmax(n, rS);
     }
     // Here, and not at the top of the next step: a basic block ends, or the compiler would sink the exponentials below
     // the wait for O and out of its shadow. That it depends on the sums keeps their additions up here too, in the gaps
     // between the exponentials.
     if (n < own.end - 1) wait_k(use + 2, softmax.sum[0] + softmax.sum[1] < 0.0f);
     ptx::wgmma_wait<0>();
-    ptx::pin(rO);
-    ptx::pin(rP);
+    ptx::fence_operand(rO);
+    ptx::fence_operand(rP);
     free_v();
     pack_fragment<Element>(rS, rP);
     if (rescale) scale_rows(rO, correction);
@@ -251,42 +263,41 @@ class Consumer {
   }
 
   __device__ __forceinline__ void init_softmax() {
-    const Band band = work().band;
     bool sees[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t i = first_query() + shared.row_query[row0 + 8 * r];
-      sees[r] = band.key_begin(i) < band.key_end(i);
+      const Range keys = work().band.keys(first_query() + shared.row_query[row0 + 8 * r]);
+      row_keys(r) = keys;
+      sees[r] = !keys.empty();
     }
     softmax.init(sees);
   }
 
   // Softmax of a block that may need anything.
-  __device__ __forceinline__ bool soften(int32_t n, float (&rS)[kKeys / 2]) {
+  __device__ __forceinline__ bool online_softmax(int32_t n, float (&rS)[kKeys / 2]) {
     if (a.transform.needed) a.transform.apply(rS);
     if (n < own.full_begin || n >= own.full_end) hide(n, rS);
     const bool rescale = softmax.update(rS, correction);
-    if (n + 1 == own.settled && own.settled < own.end) put_off_settling(n);
+    if (n + 1 == own.steady && own.steady < own.end) put_off_steady_state(n);
     return rescale;
   }
 
-  // A row that the band shows keys may have met scores of -inf alone: then the next step is not a settled one either.
+  // A row that the band shows keys may have met scores of -inf alone: then the next step is not a steady one either.
   // That is for the whole warpgroup to say, which takes its steps together. (bar.red would be shorter, but beside it
   // the compiler runs out of registers and serialises the products.)
-  __device__ __forceinline__ void put_off_settling(int32_t n) {
-    int32_t& settled = shared.work[round % shared.kWorks].own[warpgroup].settled;
-    if (softmax.unsettled()) settled = n + 2;
+  __device__ __forceinline__ void put_off_steady_state(int32_t n) {
+    int32_t& steady = shared.work[round % shared.kWorks].own[warpgroup].steady;
+    if (softmax.not_steady()) steady = n + 2;
     ptx::named_barrier_sync(1 + Config::kWarpgroups + warpgroup, 128);
-    own.settled = min(settled, n + 2);  // a warp ahead of this one may have put it off once more
+    own.steady = min(steady, n + 2);  // a warp ahead of this one may have put it off once more
   }
 
   // What the band hides in step n.
   __device__ __forceinline__ void hide(int32_t n, float (&rS)[kKeys / 2]) {
     const int32_t first = work().key(n) + lane % 4 * 2;
-    const int32_t i[2] = {first_query() + shared.row_query[row0], first_query() + shared.row_query[row0 + 8]};
-    const Band band = work().band;
-    const int begin[2] = {band.key_begin(i[0]) - first, band.key_begin(i[1]) - first};
-    const int end[2] = {band.key_end(i[0]) - first, band.key_end(i[1]) - first};
+    const Range keys[2] = {row_keys(0), row_keys(1)};
+    const int begin[2] = {keys[0].begin - first, keys[1].begin - first};
+    const int end[2] = {keys[0].end - first, keys[1].end - first};
     keep_columns(rS, begin, end, -infinity());
   }
 
@@ -297,9 +308,9 @@ class Consumer {
       free_k(use);
       wait_v();
       free_v();
-      if (Config::kTakeTurns && !first) {
-        ptx::named_barrier_sync(my_turn, 256);
-        ptx::named_barrier_arrive(next_turn, 256);
+      if (Config::kSchedulerBarriers && !first) {
+        ptx::named_barrier_sync(my_barrier, 256);
+        ptx::named_barrier_arrive(next_barrier, 256);
       }
     }
   }
@@ -338,10 +349,10 @@ class Consumer {
 
   ForwardShared<Config>& shared;
   const ForwardArguments& a;
-  const int warpgroup, my_turn, next_turn;  // turns: named barriers
-  const int thread, lane, row0;             // row0: this lane's first row, the other is 8 below
-  const bool leader;                        // speaks for its warp at the barriers
-  const uint64_t q_tile, k_tile, v_tile;    // descriptors, of stage 0
+  const int warpgroup, my_barrier, next_barrier;  // named barriers
+  const int thread, lane, row0;                   // row0: this lane's first row, the other is 8 below
+  const bool leader;                              // speaks for its warp at the barriers
+  const uint64_t q_tile, k_tile, v_tile;          // descriptors, of stage 0
 
   uint32_t use = 0;  // blocks done: the K and V slots of the block in hand
   uint32_t round;    // tiles opened before this one

@@ -66,12 +66,12 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
 template <class Element, int kHeadDim>
 cudaError_t launch_instance(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   const bool band = is_bounded(params.band);
-  const auto brief = launch_forward<ForwardConfig<Element, kHeadDim, true>>;
+  const auto few_blocks = launch_forward<ForwardConfig<Element, kHeadDim, true>>;
   if constexpr (same_tiles(kHeadDim)) {
-    return brief(params, band, device, stream);
+    return few_blocks(params, band, device, stream);
   } else {
     const auto longer = launch_forward<ForwardConfig<Element, kHeadDim, false>>;
-    return (brief_walks(band, params.shape.S) ? brief : longer)(params, band, device, stream);
+    return (few_key_blocks(band, params.shape.S) ? few_blocks : longer)(params, band, device, stream);
   }
 }
 

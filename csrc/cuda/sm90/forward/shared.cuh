@@ -31,9 +31,9 @@ struct ForwardArguments {
 };
 
 // What a warpgroup has of its tile's walk: steps [begin, end) show its rows something, [full_begin, full_end)
-// everything. From step `settled` on, every row that sees a key at all has seen one.
+// everything. From step `steady` on, every row that sees a key at all has seen one.
 struct ForwardSteps {
-  int32_t begin, end, full_begin, full_end, settled;
+  int32_t begin, end, full_begin, full_end, steady;
 };
 
 // A tile, as the producer found it and the consumers read it from shared memory. It walks over key blocks, in step n
@@ -56,8 +56,8 @@ struct ForwardWork {
 template <class Config>
 struct ForwardShared {
   using Element = typename Config::Element;
-  // The news of a tile is up to three tiles ahead of the slowest warpgroup, since its Q has to have room, and that may
-  // still store the tile before its own. The producer of K and V says when it has read.
+  // A tile's description is up to three tiles ahead of the slowest warpgroup, since its Q has to have room, and that
+  // may still store the tile before its own. The producer of K and V says when it has read.
   static constexpr int kWorks = 8;
   // Each panel is [rows][kPanelColumns], swizzled.
   alignas(
@@ -73,6 +73,8 @@ struct ForwardShared {
   // Row r of a warpgroup is query r / packed of head r % packed; past every T where the group leaves a rest. (Looked
   // up, because registers are dear and it is rarely needed.)
   int32_t row_query[Config::kRows], row_head[Config::kRows];
+  // What each row sees: once a tile its lanes find it out, and each reads what it wrote itself.
+  Range row_keys[Config::kWarpgroups][Config::kRows];
   ForwardWork work[kWorks];
 };
 

@@ -13,7 +13,7 @@ namespace jax_flash::sm90 {
 // 2^x on the FMA pipe, relative error 7.5e-5 (a bfloat16 probability is rounded to 2e-3, a float16 one to 2.4e-4).
 // x = n + f with f in [-1/2, 1/2]: adding 1.5 * 2^23 leaves n in the low mantissa bits, from where it is shifted into
 // the exponent. Below 2^-126 the result stays there: not 0, but nothing beside a row's largest probability. NaN comes
-// out as a number (the shift makes it one), and is found before it gets here: see update_settled().
+// out as a number (the shift makes it one), and is found before it gets here: see update_steady().
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float kRound = 12582912.0f;
   x = fmaxf(x, -126.0f);
@@ -86,15 +86,15 @@ struct LaggingSoftmax {
     return rescale;
   }
 
-  // Whether a row has a key to see and has seen none above -inf: then it is not ready for update_settled().
-  __device__ __forceinline__ bool unsettled() const { return base[0] == -infinity() || base[1] == -infinity(); }
+  // Whether a row has a key to see and has seen none above -inf: then it is not ready for update_steady().
+  __device__ __forceinline__ bool not_steady() const { return base[0] == -infinity() || base[1] == -infinity(); }
 
   // The same where every row has seen a key before: the maximum itself is not needed, only whether an exponent exceeds
   // kLag. Positive floats compare like integers and negative ones are below them, so the three-way integer maximum
   // serves, and lanes ask each other nothing before one of them says so. NaN, as arithmetic makes it, is the greatest
   // integer: it comes through to `growth`, and then makes all of its row NaN.
   template <int kPolynomial, int kFloats>
-  __device__ __forceinline__ bool update_settled(float (&acc)[kFloats], float (&correction)[2]) {
+  __device__ __forceinline__ bool update_steady(float (&acc)[kFloats], float (&correction)[2]) {
     int grown[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
     for (int i = 0; i < kFloats; i += 2) {
@@ -127,15 +127,27 @@ struct LaggingSoftmax {
     return rescale;
   }
 
-  // What the accumulated output is to be multiplied by (0 for a row that saw nothing), and the LSE, natural log.
-  __device__ __forceinline__ void finish(float (&inverse)[2], float (&lse)[2]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float total = quad_sum(sum[r]);
-      const bool seen = base[r] != -infinity() || total != total;
-      inverse[r] = seen ? ptx::rcp(total) : 0.0f;
-      lse[r] = seen ? (base[r] + ptx::lg2(total)) * kLn2 : -infinity();
+  // Row r sees nothing.
+  __device__ __forceinline__ void forget(int r) { base[r] = -infinity(), sum[r] = 0.0f; }
+
+  // One score more for row r, at its end. In each of the quad's four sums, a quarter of it.
+  __device__ __forceinline__ void add_sink(int r, float sink) {
+    const float exponent = sink * kLog2e, above = exponent - base[r];
+    if (exponent == -infinity()) return;
+    if (above <= 64.0f) {
+      sum[r] += 0.25f * ptx::ex2(above);
+    } else {  // beside it the rest is nothing: its inverse is flushed to 0
+      base[r] = exponent - 127.0f;
+      sum[r] = 0.25f * 0x1p127f;
     }
+  }
+
+  // What row r's accumulated output is to be multiplied by (0 if it saw nothing), and its LSE, natural log.
+  __device__ __forceinline__ void finish(int r, float& inverse, float& lse) const {
+    const float total = quad_sum(sum[r]);
+    const bool seen = base[r] != -infinity() || total != total;
+    inverse = seen ? ptx::rcp(total) : 0.0f;
+    lse = seen ? (base[r] + ptx::lg2(total)) * kLn2 : -infinity();
   }
 
  private:

@@ -30,7 +30,7 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4], int lane) {
 
 // Where row r of this lane's two goes, and whether it is to be written at all.
 struct RowTarget {
-  bool exists, seen;
+  bool exists;
   int64_t output, lse;  // offsets
 
   template <class Config>
@@ -39,7 +39,6 @@ struct RowTarget {
     const int32_t i = first_query + shared.row_query[row];
     const int32_t n = work.tile.head * a.packed + shared.row_head[row];
     exists = i >= 0 && i < a.shape.T;
-    seen = work.band.key_begin(i) < work.band.key_end(i);
     output = (work.tile.batch * a.shape.T + i) * a.o_stride + n * a.shape.H;
     lse = (static_cast<int64_t>(work.tile.batch) * a.heads + n) * a.shape.T + i;
   }
@@ -57,18 +56,16 @@ __device__ __forceinline__ float sink_of(const ForwardArguments& a, const Forwar
 template <class Config>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, const ForwardShared<Config>& shared,
                                              const ForwardWork& work, int32_t first_query, int row0,
-                                             const float (&rO)[Config::kHeadDim / 2], const LaggingSoftmax& softmax,
+                                             const float (&rO)[Config::kHeadDim / 2], LaggingSoftmax softmax,
                                              int lane) {
   const int32_t H = static_cast<int32_t>(a.shape.H);
-  float inverse[2], lse[2];
-  softmax.finish(inverse, lse);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    float inverse, lse;
+    if (a.sinks) softmax.add_sink(r, sink_of(a, shared, work, first_query, row0 + 8 * r));
+    softmax.finish(r, inverse, lse);
     const RowTarget row(a, shared, work, first_query, row0 + 8 * r);
-    if (a.sinks) add_sink(sink_of(a, shared, work, first_query, row0 + 8 * r), inverse[r], lse[r]);
-    if (row.exists && lane % 4 == 0) {
-      a.lse[row.lse] = row.seen ? lse[r] : sink_of(a, shared, work, first_query, row0 + 8 * r);
-    }
+    if (row.exists && lane % 4 == 0) a.lse[row.lse] = lse;
     uint16_t* const gO = static_cast<uint16_t*>(a.o) + row.output;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 32; ++c) {
@@ -76,7 +73,8 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, const Fo
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int at = 4 * (4 * c + n) + 2 * r;
-        words[n] = row.seen ? pack<typename Config::Element>(rO[at] * inverse[r], rO[at + 1] * inverse[r]) : 0;
+        // A choice and not a product where there is nothing: what was accumulated may be NaN.
+        words[n] = inverse != 0.0f ? pack<typename Config::Element>(rO[at] * inverse, rO[at + 1] * inverse) : 0;
       }
       quad_transpose(words, lane);
       const int column = 32 * c + 8 * (lane % 4);

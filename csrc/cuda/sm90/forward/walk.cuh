@@ -29,15 +29,15 @@ __device__ __forceinline__ void plan_walk(ForwardWork& work, int32_t queries, bo
     const BlockRange some = visited_blocks(band, i0, i1, kKeys);
     ForwardSteps& own = work.own[w];
     if (kForward) {
-      const int32_t decisive = band.key_begin(min(i1, band.T) - 1) / kKeys;  // no row's first key is later
+      const int32_t first_steady = band.key_begin(min(i1, band.T) - 1) / kKeys;  // no row's first key is later
       own = ForwardSteps{some.begin - all.begin, some.end - all.begin, some.full_begin - all.begin,
-                         some.full_end - all.begin, decisive + 1 - all.begin};
+                         some.full_end - all.begin, first_steady + 1 - all.begin};
     } else {
-      const int32_t decisive = max(band.key_end(i0) - 1, 0) / kKeys;  // no row's last key is earlier
+      const int32_t first_steady = max(band.key_end(i0) - 1, 0) / kKeys;  // no row's last key is earlier
       own = ForwardSteps{all.end - some.end, all.end - some.begin, all.end - some.full_end, all.end - some.full_begin,
-                         all.end - decisive};
+                         all.end - first_steady};
     }
-    if (transform || own.settled > own.end) own.settled = own.end;
+    if (transform || own.steady > own.end) own.steady = own.end;
   }
 }
 

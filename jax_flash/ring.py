@@ -370,7 +370,8 @@ def _attend_forward(ring: _Ring, arrays):
 def _attend_backward(ring: _Ring, residuals, cotangents):
     arrays, out, lse = residuals
     results = {"o": out, "lse": lse} | dict(zip(("do", "dlse"), cotangents, strict=True))
-    kv = arrays["k"], arrays["v"]
+    # Or else XLA keeps what came round in the forward pass, all of the sequence, until here.
+    kv, results = jax.lax.optimization_barrier(((arrays["k"], arrays["v"]), results))
     steps = ring.steps("q_lengths" in arrays or "kv_lengths" in arrays)
     dq, dkv = 0.0, (0.0, 0.0)
     for step, following in zip(steps, [*steps[1:], None], strict=True):

@@ -12,7 +12,7 @@ from jax_flash._operands import TABLE, merge_heads, split_heads
 from jax_flash._spec import Spec
 
 
-def _attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def forward(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The output (B, T, N, H) and the log-sum-exp (B, N, T). q, k and v are the API's arrays, the rest as the table
     has it."""
     results = _primitive.bind("forward", spec, operands | {"q": split_heads("q", operands["q"], _kv_heads(operands))})
@@ -20,14 +20,14 @@ def _attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.
 
 
 def attend(spec: Spec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """`_attend` with its derivative."""
+    """`forward` with its derivative."""
     for name, x in operands.items():
         if TABLE[name].gradient:
             operands = operands | {name: _primitive.reverse_mode_p.bind(x, tangent=False)}
     return _differentiable(spec, operands)
 
 
-_differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+_differentiable = jax.custom_vjp(forward, nondiff_argnums=(0,))
 
 
 def _attend_forward(spec: Spec, operands):
@@ -43,12 +43,19 @@ def _attend_backward(spec: Spec, residuals, cotangents):
     arrays = residuals | {"do": jnp.zeros_like(residuals["o"]) if isinstance(d_out, SymbolicZero) else d_out}
     if not isinstance(d_lse, SymbolicZero):
         arrays["dlse"] = d_lse
+    gradients = backward(spec, arrays)
+    return ({name: gradients.get(name) for name in residuals if name not in ("o", "lse")},)
+
+
+def backward(spec: Spec, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The gradients of `forward`'s operands that have one, by name. arrays: those operands, the results o and lse, and
+    their cotangents do and, if there are any, dlse."""
     if "key_ranges" in arrays:
-        arrays["query_ranges"] = _ranges.seen_from_keys(arrays["key_ranges"], residuals["k"].shape[1])
+        arrays = arrays | {"query_ranges": _ranges.seen_from_keys(arrays["key_ranges"], arrays["k"].shape[1])}
     per_head = ("q", "o", "do", "lse", "dlse")
-    K = _kv_heads(residuals)
-    arrays |= {name: split_heads(name, arrays[name], K) for name in per_head if name in arrays}
-    if "sinks" not in residuals:
+    K = _kv_heads(arrays)
+    arrays = arrays | {name: split_heads(name, arrays[name], K) for name in per_head if name in arrays}
+    if "sinks" not in arrays:
         results = _primitive.bind("backward", spec, arrays)
     else:
         # The kernels know rows that see no key, whose cotangents may be anything, by a log-sum-exp of -inf. These have
@@ -59,7 +66,7 @@ def _attend_backward(spec: Spec, residuals, cotangents):
         results = _primitive.bind("backward", spec, arrays | {"lse": jnp.where(unseen, -jnp.inf, arrays["lse"])})
         results["dsinks"] = _sinks_gradient(arrays, unseen)
     results["dq"] = merge_heads("dq", results["dq"])
-    return ({name: results.get(TABLE[name].gradient) for name in residuals if name not in ("o", "lse")},)
+    return {name: results[row.gradient] for name, row in TABLE.items() if row.gradient in results}
 
 
 def _per_query(x) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 import jax_flash
 
 # The functions of jax_flash.cache share the example of the module.
-MODULES = [jax_flash, jax_flash.rotary]
+MODULES = [jax_flash, jax_flash.ring, jax_flash.rotary]
 if importlib.util.find_spec("flax"):
     import jax_flash.flax
 
@@ -19,7 +19,7 @@ PUBLIC = {
     for name in module.__all__
     if callable(getattr(module, name))
 }
-PUBLIC |= {module.__name__: module for module in (jax_flash.cache, jax_flash.rotary)}
+PUBLIC |= {module.__name__: module for module in (jax_flash.cache, jax_flash.ring, jax_flash.rotary)}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

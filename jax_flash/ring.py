@@ -19,7 +19,6 @@ attention, devices that hold early tokens have less to do than those with late o
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -197,13 +196,12 @@ def ring_attention(
         raise NotImplementedError(f"{_NAME}: softmax_scale must be positive; got {softmax_scale}. Negate q")
     with_lse = _validate.static_bool(_NAME, "return_softmax_lse", return_softmax_lse)
     ring = _Ring(spec, axis_name, *(_Tokens.of(axis_name, layout, x.shape[1]) for x in (q, k)))
-    # All of them vary over the axis, as the results do.
-    device = jax.lax.axis_index(axis_name)
     sinks = arrays.pop("sinks", None)
-    *_, arrays = _sharding.vary_together((device, arrays))
+    # With the device, since what does not vary over the axis has to be made to, as the results do.
+    arrays = _sharding.vary_together(arrays | {"device": jax.lax.axis_index(axis_name)})
     out, lse = _attend(ring, arrays)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks, arrays.get("q_lengths"), ring.queries.positions(device))
+        out, lse = _with_sinks(out, lse, sinks, arrays.get("q_lengths"), ring.queries.positions(arrays["device"]))
     return (out, lse) if with_lse else out
 
 
@@ -306,7 +304,7 @@ class _Ring:
         band, lengths = self.spec.band, [arrays.get(name) for name in ("q_lengths", "kv_lengths")]
         if band == Band() and lengths == [None, None]:
             return operands
-        device = jax.lax.axis_index(self.axis_name)
+        device = arrays["device"]
         of_device = (device - step) % self.keys.devices
         t, s = (
             tokens.total if length is None else jnp.clip(length, 0, tokens.total)[:, None]
@@ -357,9 +355,7 @@ def _forward(ring: _Ring, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     return out.astype(arrays["q"].dtype), lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: _Ring, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _forward(ring, arrays)
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
 def _attend_forward(ring: _Ring, arrays):

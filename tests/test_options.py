@@ -67,10 +67,11 @@ def test_a_traced_scale_and_a_traced_side_of_a_window(function):
         jax.jit(lambda x: call(**{window: (x, 0)}))(2)
 
 
-def test_both_ways_out_for_a_traced_option_work():
-    want = attention(Q, K, K, causal=True)
-    np.testing.assert_array_equal(jax.jit(functools.partial(attention, causal=True))(Q, K, K), want)
-    np.testing.assert_array_equal(jax.jit(attention, static_argnames="causal")(Q, K, K, causal=True), want)
+def test_both_ways_out_for_a_traced_option_work(dtype):
+    q, k = Q.astype(dtype), K.astype(dtype)
+    want = attention(q, k, k, causal=True)
+    np.testing.assert_array_equal(jax.jit(functools.partial(attention, causal=True))(q, k, k), want)
+    np.testing.assert_array_equal(jax.jit(attention, static_argnames="causal")(q, k, k, causal=True), want)
 
 
 @pytest.mark.parametrize("value", ["False", None, 1, [True]], ids=repr)
@@ -142,8 +143,9 @@ def test_a_negative_scale_of_large_scores(function, dtype):
 
 
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "dot_product_attention"])
-def test_flash_attention_s_words_for_none(function):
-    call = functools.partial(FUNCTIONS[function], Q, K * jnp.arange(3.0).reshape(1, 3, 1, 1), K)
+def test_flash_attention_s_words_for_none(function, dtype):
+    qkv = (x.astype(dtype) for x in (Q, K * jnp.arange(3.0).reshape(1, 3, 1, 1), K))
+    call = functools.partial(FUNCTIONS[function], *qkv)
     for none in (dict(window_size=(-1, -1)), dict(window_size=-1), dict(softcap=0.0), dict(softcap=0)):
         jax.tree.map(np.testing.assert_array_equal, call(**none), call())
 

@@ -169,14 +169,14 @@ FORWARD = {
 
 
 @pytest.mark.parametrize("transform", FORWARD)
-def test_forward_mode_is_refused(transform):
-    args = [make(name, "float32") for name in "qkv"]
+def test_forward_mode_is_refused(transform, dtype):
+    args = [make(name, dtype) for name in "qkv"]
     with pytest.raises(NotImplementedError, match=r"no forward mode .*jax_flash\.reference\.attention"):
         FORWARD[transform](jax_flash.attention, *args)
 
 
-def test_second_order_is_refused():
-    args = [make(name, "float32") for name in "qkv"]
+def test_second_order_is_refused(dtype):
+    args = [make(name, dtype) for name in "qkv"]
 
     def loss(*args):
         return (jax_flash.attention(*args) ** 2).sum()

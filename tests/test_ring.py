@@ -87,6 +87,7 @@ def check(n, layout, qkv, kind=AxisType.Auto, data=1, tolerance=1e-5, **options)
     with jax.set_mesh(mesh):
         ours = jax.jit(functools.partial(both, sharded(n, layout, mesh, **options)))(qkv)
     exact = [x.astype(jnp.float32) for x in qkv]
+    options.pop("implementation", None)
     with jax.default_device(jax.devices("cpu")[0]):
         theirs = both(functools.partial(reference.attention, return_softmax_lse=True, **options), exact)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -111,7 +112,23 @@ OPTIONS = {
 @LAYOUTS
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_whole_sequences(options, layout):
-    check(4, layout, make_qkv(), **options)
+    check(2, layout, make_qkv(), **options)
+
+
+@LAYOUTS
+def test_windows_skip_steps(layout):
+    check(4, layout, make_qkv(), window_size=(5, 2))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("implementation", ["all_to_all", "all_gather"])
+def test_other_implementations(implementation, options):
+    check(2, "zigzag", make_qkv(), implementation=implementation, **options)
+
+
+@pytest.mark.parametrize("implementation", ["all_to_all", "all_gather"])
+def test_other_implementations_on_contiguous_tokens(implementation):
+    check(2, "contiguous", make_qkv(S=64), data=2, kind=AxisType.Explicit, implementation=implementation, causal=True)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -122,12 +139,12 @@ def test_any_number_of_devices(n):
 @LAYOUTS
 @pytest.mark.parametrize("S", [16, 64])
 def test_other_number_of_keys(S, layout):
-    check(4, layout, make_qkv(S=S), causal=True)
+    check(2, layout, make_qkv(S=S), causal=True)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_batch_on_another_axis(kind):
-    check(4, "zigzag", make_qkv(), kind=kind, data=2, causal=True)
+    check(2, "zigzag", make_qkv(), kind=kind, data=2, causal=True)
 
 
 def test_bfloat16():
@@ -205,6 +222,21 @@ def test_zigzag_and_back(axis):
     np.testing.assert_array_equal(jnp.moveaxis(y, axis, 0)[:2], jnp.moveaxis(x, axis, 0)[jnp.array([0, 7])])
 
 
+@pytest.mark.parametrize("implementation, names", [("all_to_all", {"all-to-all"}), ("all_gather", {"all-gather"})])
+def test_collectives_of_other_implementations(implementation, names):
+    mesh = make_mesh(2)
+    attend = jax.shard_map(
+        functools.partial(jax_flash.ring_attention, axis_name="context", causal=True, implementation=implementation),
+        mesh=mesh,
+        in_specs=P("data", "context"),
+        out_specs=P("data", "context"),
+    )
+    qkv = [jax.device_put(x, NamedSharding(mesh, P("data", "context"))) for x in make_qkv()]
+    text = jax.jit(attend).lower(*qkv).compile().as_text()
+    found = re.findall(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text)
+    assert set(found) == names
+
+
 @LAYOUTS
 def test_positions(layout):
     of_device = functools.partial(ring.positions, 4, axis_name="context", layout=layout)
@@ -220,9 +252,13 @@ def test_errors():
     with pytest.raises(ValueError, match="multiple of twice the number of devices"):
         ring.zigzag(q, 5)
 
-    def call(**options):
+    def call(n=2, **options):
         attend = functools.partial(jax_flash.ring_attention, axis_name="context", **options)
-        jax.shard_map(attend, mesh=make_mesh(2), in_specs=P(None, "context"), out_specs=P(None, "context"))(q, k, v)
+        jax.shard_map(attend, mesh=make_mesh(n), in_specs=P(None, "context"), out_specs=P(None, "context"))(q, k, v)
 
+    with pytest.raises(ValueError, match="implementation must be one of 'ring', 'all_to_all'"):
+        call(implementation="tree")
+    with pytest.raises(ValueError, match=r"all_to_all needs .* that the 4 devices divide; got k"):
+        call(4, implementation="all_to_all")
     with pytest.raises(ValueError, match="layout must be one of 'contiguous', 'zigzag'; got 'striped'"):
         call(layout="striped")

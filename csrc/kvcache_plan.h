@@ -30,7 +30,7 @@ inline KvcachePlan plan_kvcache(int64_t T, int64_t G, int64_t H, bool rotary, bo
   const int64_t copied = copies_keys ? 2 * prefill::key_bytes_per_position(H) : 0;
   if (T * G >= kPrefillRows && (copied == 0 || positions <= kMostCopiedBytes / copied)) {
     return {KvcacheKernel::kPrefill, false, 4 + prefill::query_bytes_per_head(T, G, H, rotary), copied,
-            4 * prefill::kAlignment};
+            4 * prefill::kAlignment + kForwardWorkspaceBytes};
   }
   const int64_t rows = 8 * decode::row_tiles(T * G, static_cast<int32_t>(H));
   const int64_t row_blocks = (T * G + rows - 1) / rows;

@@ -66,8 +66,8 @@ inline Features needs(const ScoreParams& params) {
 }
 
 inline Features needs(const ForwardParams& params) {
-  const auto& [dtype, shape, band, mask, score, sinks, q, k, v, o, lse] = params;
-  (void)dtype, (void)shape;
+  const auto& [dtype, shape, band, mask, score, sinks, q, k, v, o, lse, workspace] = params;
+  (void)dtype, (void)shape, (void)workspace;
   return needs(band) | needs(mask) | needs(score) | when(sinks, kNeedsSinks) | needs_of_pointers(q, k, v, o, lse);
 }
 

@@ -159,14 +159,8 @@ inline constexpr Operand kOperands[] = {
     {"dq", "bkgth", "btkgh", ElementType::kInput, "", {}, JAX_FLASH_USE(kResult, BackwardParams, dq), {}},
     {"dk", "bksh", "bskh", ElementType::kInput, "", {}, JAX_FLASH_USE(kResult, BackwardParams, dk), {}},
     {"dv", "bksh", "bskh", ElementType::kInput, "", {}, JAX_FLASH_USE(kResult, BackwardParams, dv), {}},
-    {"workspace",
-     "bkx",
-     "x",
-     ElementType::kUint8,
-     "",
-     {},
-     JAX_FLASH_USE(kResult, BackwardParams, workspace),
-     JAX_FLASH_USE(kResult, KvcacheParams, workspace)},
+    {"workspace", "bkx", "x", ElementType::kUint8, "", JAX_FLASH_USE(kResult, ForwardParams, workspace),
+     JAX_FLASH_USE(kResult, BackwardParams, workspace), JAX_FLASH_USE(kResult, KvcacheParams, workspace)},
 };
 
 #undef JAX_FLASH_USE

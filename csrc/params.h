@@ -49,6 +49,9 @@ struct ScoreParams {
   float softcap = 0.0f;  // 0: off
 };
 
+// What a forward call needs of workspace: a counter.
+inline constexpr int64_t kForwardWorkspaceBytes = 8;
+
 struct ForwardParams {
   DType dtype;
   Shape shape;
@@ -61,6 +64,7 @@ struct ForwardParams {
   const void* v;                 // [B, S, K, H]
   void* o;                       // [B, T, K, G, H]; 0 for a row that sees no key
   float* lse;                    // [B, K, G, T], natural log; -inf for a row that sees no key and has no sink
+  void* workspace;               // uninitialised; kForwardWorkspaceBytes of it, 8-byte aligned
 };
 
 struct BackwardParams {

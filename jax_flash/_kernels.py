@@ -53,13 +53,13 @@ def plan(
     call: str, platform: str, spec: Spec, operands: Mapping[str, ShapedArray], memory_order: bool, devices: int
 ) -> Plan:
     """devices: how many XLA splits the call over; their parts of the workspace must add up to what each needs."""
-    if call == "forward":
-        return Plan()
     q = operands["q"]
     lead = q.shape[: q.ndim - 4]
     size = sizes(operands, memory_order)
     heads = math.prod(lead) * size["k"]
-    if call == "backward":
+    if call == "forward":
+        per_head, shared, chosen = 0, _native.FORWARD_WORKSPACE, Plan()
+    elif call == "backward":
         per_kv_head, per_rows, per_keys, rows = _native.backward_workspace(size["h"])
         per_head, shared, chosen = per_kv_head + size["g"] * (-(-size["t"] // rows) * per_rows), 0, Plan()
         if not (isinstance(size["g"], int) and size["g"] == 1):

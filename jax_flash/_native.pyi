@@ -27,6 +27,7 @@ class _BuildInfo(TypedDict):
     cuda_architectures: str  # "" without CUDA kernels
 
 UNBOUNDED: int
+FORWARD_WORKSPACE: int  # bytes
 OPTIONS: tuple[str, ...]
 SCORE: tuple[str, ...]
 FEATURES: tuple[str, ...]

@@ -87,7 +87,7 @@ def targets(dtype: str, platform: str) -> dict[str, Callable[[], Call]]:
         )
 
     return {
-        "forward": lambda: make("forward", extras),
+        "forward": lambda: make("forward", extras, workspace=_native.FORWARD_WORKSPACE),
         "backward": lambda: make("backward", ("dlse", *extras), workspace=scratch["backward"]),
         "kvcache": lambda: kvcache("k_new", "v_new"),
         "paged": lambda: kvcache("k_new", "v_new", "block_table", r=POOL, s=PAGE),
@@ -258,6 +258,8 @@ CASES = {
     "an operand of kvcache": ("forward", also("lengths", (B,)), "lengths is not an operand of this call"),
     "a result announced": ("forward", announced("o"), "o is not an operand of this call"),
     "no lse": ("forward", without("result_lse"), "the result lse is missing"),
+    "a forward workspace of 7 bytes": ("forward", array(result_workspace=(7,)), "the workspace must hold 8 bytes"),
+    "no forward workspace": ("forward", without("result_workspace"), "the result workspace is missing"),
     "a surplus result": ("forward", surplus("results"), "more results than such a call has"),
     "a scale of NaN": ("forward", score(np.nan), "softmax_scale must be finite"),
     "a softcap below 0": ("forward", score(softcap=-1), "softcap must be finite and not negative"),

@@ -176,6 +176,7 @@ nb::tuple backward_workspace(int64_t H) {
 NB_MODULE(_native, m) {
   m.doc() = "jax_flash's compiled kernels: FFI handlers, the tables of operands and kernels, and build information.";
   m.attr("UNBOUNDED") = kUnbounded;
+  m.attr("FORWARD_WORKSPACE") = kForwardWorkspaceBytes;
   m.attr("OPTIONS") = names(kOptionNames);
   m.attr("SCORE") = names(kScoreNames);
   m.attr("FEATURES") = names(kFeatureNames);

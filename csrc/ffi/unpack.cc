@@ -36,6 +36,13 @@ void unpack_common(Unpacker& call, Params& p) {
   p.band.top_left = call.option(kTopLeft) != 0;
 }
 
+void check_workspace(Unpacker& call, int64_t needed) {
+  const int64_t bytes = call.bytes_of(kWorkspace);
+  if (bytes < needed) {
+    call.fail("the workspace must hold " + std::to_string(needed) + " bytes; got " + std::to_string(bytes));
+  }
+}
+
 using NamedSizes = std::initializer_list<std::pair<const char*, int64_t>>;
 
 std::string describe(Call call, DType dtype, NamedSizes named_sizes) {
@@ -53,6 +60,7 @@ ffi::ErrorOr<ForwardParams> unpack_forward(const Buffers& buffers) {
   Unpacker call(Call::kForward, buffers, &p);
   if (call.ok()) unpack_common(call, p);
   if (call.ok()) call.check_aliases(false);
+  if (call.ok()) check_workspace(call, kForwardWorkspaceBytes);
   if (!call.ok()) return ffi::Unexpected(call.error());
   return p;
 }
@@ -69,11 +77,8 @@ ffi::ErrorOr<BackwardParams> unpack_backward(const Buffers& buffers) {
   }
   p.deterministic = call.option(kDeterministic) != 0;
   p.workspace_bytes = call.bytes_of(kWorkspace);
-  const int64_t needed = backward_workspace_bytes(p.shape);
-  if (p.workspace_bytes < needed) {
-    call.fail("the workspace must hold " + std::to_string(needed) + " bytes; got " + std::to_string(p.workspace_bytes));
-    return ffi::Unexpected(call.error());
-  }
+  check_workspace(call, backward_workspace_bytes(p.shape));
+  if (!call.ok()) return ffi::Unexpected(call.error());
   return p;
 }
 

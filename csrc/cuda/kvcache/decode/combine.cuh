@@ -2,46 +2,11 @@
 // workspace.
 #pragma once
 
+#include "cuda/arrival_counter.cuh"
 #include "cuda/kvcache/decode/warp_state.cuh"
 #include "cuda/ptx/ordered.cuh"
 
 namespace jax_flash::decode {
-
-// Arrival counters live in uninitialised memory, so they carry their own proof of being initialised: the upper 48 bits
-// are a hash of the counter's address, the lower 16 count arrivals. A word without the right hash is garbage and counts
-// as zero. Counters are left at zero, so memory that comes back from an earlier call is right as it is. (A call thus
-// stays one kernel launch: clearing the counters would be a second node of a CUDA graph. That garbage carries the hash
-// has a chance of 2^-48.)
-class ArrivalCounter {
- public:
-  __device__ __forceinline__ ArrivalCounter(void* workspace, int64_t segment)
-      : word_(static_cast<uint64_t*>(workspace) + segment) {
-    uint64_t hash = reinterpret_cast<uint64_t>(word_) * 0x9E3779B97F4A7C15ull;
-    hash ^= hash >> 29;
-    zero_ = (hash * 0xBF58476D1CE4E5B9ull) & ~0xFFFFull;
-  }
-
-  // What the word holds. It is asked for early and looked at late, in prepare().
-  __device__ __forceinline__ uint64_t peek() const { return *static_cast<volatile uint64_t*>(word_); }
-
-  // By one thread of every block of the segment, before its arrival. `now`: from peek().
-  __device__ __forceinline__ void prepare(uint64_t now) const {
-    if ((now & ~0xFFFFull) == zero_) return;
-    atomicCAS(reinterpret_cast<unsigned long long*>(word_), now, zero_);  // fails where another block was first
-  }
-
-  // True for the last of `expected` arrivals. What the blocks wrote before a barrier before their arrivals is visible
-  // to it.
-  __device__ __forceinline__ bool arrive(int32_t expected) const {
-    const bool last = static_cast<int32_t>(ptx::add_acquire_release(word_, 1) & 0xFFFF) == expected - 1;
-    if (last) *static_cast<volatile uint64_t*>(word_) = zero_;
-    return last;
-  }
-
- private:
-  uint64_t* word_;
-  uint64_t zero_;
-};
 
 // Shared memory after the stages, [warps][kStages][kStageBytes].
 template <class Config>

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
 #pragma unroll 1
     for (int index = 0; index < shared.schedule.count; ++index) {
       const Piece& piece = shared.schedule.pieces[index];
-      const ArrivalCounter counter(params.workspace, piece.segment);
+      const ArrivalCounter counter(static_cast<uint64_t*>(params.workspace) + piece.segment);
       const bool arrives = piece.parts > 1 && threadIdx.x == 0;
       const uint64_t word = arrives ? counter.peek() : 0;
       // Between these every query sees every key.
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
       combine_warps<Config>(params, counter_bytes, piece, state, sStages, stage == 0 ? Config::kStages - 1 : stage - 1,
                             shared);
       if (piece.parts > 1) {
-        if (arrives) shared.last = counter.arrive(piece.parts);
+        if (arrives) shared.last = counter.arrive(piece.parts) == piece.parts - 1;
         __syncthreads();
         if (shared.last) {
           const int rows = min_i32(Config::kRows, params.T * params.G - piece.row_block * Config::kRows);

@@ -120,6 +120,7 @@ cudaError_t prepare(const KvcacheParams& params, cudaStream_t stream, ForwardPar
   forward->v = w.copies_keys ? base + w.v : params.v_cache;
   forward->o = params.o;
   forward->lse = params.lse;
+  forward->workspace = base + w.forward;
   const bool bf16 = params.dtype == DType::kBFloat16;
   return bf16 ? enqueue<BFloat16>(params, w, stream) : enqueue<Float16>(params, w, stream);
 }

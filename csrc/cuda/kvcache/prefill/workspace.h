@@ -7,7 +7,7 @@ namespace jax_flash::prefill {
 
 struct Workspace {
   bool copies_keys;
-  int64_t q, k, v, bytes;  // offsets; the lengths [B, K] come first
+  int64_t q, k, v, forward, bytes;  // offsets; the lengths [B, K] come first, that of the forward kernels last
 };
 
 // Where a sequence's positions do not lie in order from the start of a row.
@@ -29,7 +29,8 @@ inline Workspace make_workspace(const KvcacheParams& p) {
   w.q = align(heads * 4);
   w.k = w.q + align(heads * query_bytes_per_head(p.T, p.G, p.H, p.rotary.dim != 0));
   w.v = w.k + align(keys);
-  w.bytes = w.v + align(keys);
+  w.forward = w.v + align(keys);
+  w.bytes = w.forward + kForwardWorkspaceBytes;
   return w;
 }
 

@@ -49,11 +49,11 @@ inline cudaError_t launch_forward(const ForwardParams& params, bool band, const 
   const int64_t tile_queries = Config::kWarpgroups * a.queries;
   const int64_t query_tiles = (shape.T + tile_queries - 1) / tile_queries;
   if (!countable({query_tiles, shape.B, shape.K, shape.G})) return cudaErrorInvalidValue;
-  const int64_t tiles = query_tiles * heads * shape.B;
-  const int32_t blocks = tiles < device.multiprocessors ? static_cast<int32_t>(tiles) : device.multiprocessors;
-  a.schedule =
-      ForwardSchedule::make(static_cast<int32_t>(query_tiles), static_cast<int32_t>(heads),
-                            static_cast<int32_t>(shape.B), static_cast<int32_t>(heads / shape.K), band, blocks);
+  a.schedule = ForwardSchedule::make(static_cast<int32_t>(query_tiles), static_cast<int32_t>(heads),
+                                     static_cast<int32_t>(shape.B), static_cast<int32_t>(heads / shape.K), band,
+                                     device.multiprocessors, ArrivalCounter::kMostArrivals);
+  a.counter = static_cast<uint64_t*>(params.workspace);
+  const int32_t blocks = min_i32(a.schedule.tickets(), device.multiprocessors);
 
   const auto kernel = forward_kernel<Config>;
   constexpr int kSharedBytes = sizeof(ForwardShared<Config>);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/arrival_counter.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/forward/shared.cuh"
@@ -13,10 +14,37 @@
 
 namespace jax_flash::sm90 {
 
+// The tiles that a block works on, one after the other.
+class TileQueue {
+ public:
+  __device__ __forceinline__ explicit TileQueue(const ForwardArguments& a)
+      : a(a), ticket(static_cast<int32_t>(blockIdx.x)) {}
+
+  // False where there is none left; then it is not asked again.
+  __device__ __forceinline__ bool next(ForwardTileIndex* tile) {
+    const int32_t tickets = a.schedule.tickets(), blocks = static_cast<int32_t>(gridDim.x);
+    if (taken == a.schedule.chunk || ticket * a.schedule.chunk + taken == a.schedule.tiles()) {
+      if (tickets == blocks) return false;  // then nobody draws
+      const ArrivalCounter counter(a.counter);
+      if (ticket == static_cast<int32_t>(blockIdx.x)) counter.prepare(counter.peek());
+      // All that are drawn, blocks of them in vain, are as many as there are.
+      ticket = blocks + counter.arrive(tickets);
+      taken = 0;
+      if (ticket >= tickets) return false;
+    }
+    *tile = a.schedule.tile(ticket * a.schedule.chunk + taken++);
+    return true;
+  }
+
+ private:
+  const ForwardArguments& a;
+  int32_t ticket, taken = 0;
+};
+
 template <class Config>
-__device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, int32_t round) {
+__device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, TileQueue& queue) {
   ForwardWork work;
-  work.last = !a.schedule.tile(round, blockIdx.x, gridDim.x, &work.tile);
+  work.last = !queue.next(&work.tile);
   work.steps = 0;
   if (work.last) return work;
   work.kv_head = a.packed > 1 ? work.tile.head : work.tile.head / static_cast<int32_t>(a.shape.G);
@@ -27,6 +55,13 @@ __device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, int3
   work.query = static_cast<int32_t>(a.shape.T) - (a.schedule.query_tiles - work.tile.query_tile) * queries;
   plan_walk<Config>(work, a.queries, a.transform.needed);
   return work;
+}
+
+// For the Q of a tile.
+template <class Config>
+__device__ __forceinline__ void wait_for_room(ForwardShared<Config>& shared, int32_t round) {
+  const Slot<Config::kQStages> slot(round);
+  for (uint64_t& empty : shared.q_empty[slot.stage]) ptx::mbarrier_wait(&empty, slot.empty_parity);
 }
 
 // Q of a tile, after the news of it; the bare news where there is nothing to load.
@@ -65,11 +100,14 @@ __device__ __forceinline__ void load_keys(typename Config::Element (*sTile)[Conf
 // Finds the tiles, tells of them, and loads their Q.
 template <class Config>
 __device__ __forceinline__ void produce_tiles(ForwardShared<Config>& shared, const ForwardArguments& a) {
+  TileQueue queue(a);
   for (int32_t round = 0;; ++round) {
     const Slot<ForwardShared<Config>::kWorks> slot(round);
     ForwardWork& work = shared.work[slot.stage];
     ptx::mbarrier_wait(&shared.work_read[slot.stage], slot.empty_parity);
-    work = next_work<Config>(a, round);
+    // A tile is not taken before it has to be: no more than one ahead.
+    if (Config::kQStages > 1) wait_for_room<Config>(shared, round);
+    work = next_work<Config>(a, queue);
     ptx::mbarrier_arrive(&shared.work_told[slot.stage]);
     load_queries<Config>(shared, a, round);
     if (work.last) break;

@@ -25,6 +25,7 @@ struct ForwardArguments {
   int32_t queries;     // of a warpgroup: 64 / packed; row r is query r / packed of head r % packed
   int32_t heads;       // N
   int64_t o_stride;    // N * H
+  uint64_t* counter;   // an ArrivalCounter of tickets
   const float* sinks;  // [B, N] or null
   void* o;             // [B, T, N, H]
   float* lse;          // [B, N, T], natural log

@@ -170,9 +170,10 @@ def test_gradient_of_sinks():
 
 
 def permutes(f, *args) -> int:
-    text = jax.jit(f).lower(*args).compile().as_text()
-    assert not re.findall(r" (?:all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", text)
-    return len(re.findall(r" collective-permute(?:-start)?\(", text))
+    lowered = jax.jit(f).lower(*args)
+    others = r" (?:all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\("
+    assert not re.findall(others, lowered.compile().as_text())
+    return lowered.as_text().count("stablehlo.collective_permute")  # XLA for CPUs may find some of them equal
 
 
 def communication(n, layout="contiguous", T=T, **options):

@@ -106,7 +106,7 @@ int64_t workspace_bytes(const KvcacheParams& params) { return make_workspace(par
 cudaError_t prepare(const KvcacheParams& params, cudaStream_t stream, ForwardParams* forward) {
   const Workspace w = make_workspace(params);
   if (params.workspace_bytes < w.bytes) return cudaErrorInvalidValue;
-  const char* base = static_cast<const char*>(params.workspace);
+  char* base = static_cast<char*>(params.workspace);
   *forward = ForwardParams{};
   forward->dtype = params.dtype;
   forward->shape = Shape{params.B, params.K, params.G, params.T, cache_capacity(params), params.H};

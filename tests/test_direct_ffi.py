@@ -257,7 +257,7 @@ CASES = {
     "an operand of backward": ("forward", announced("dlse"), "dlse is not an operand of this call"),
     "an operand of kvcache": ("forward", also("lengths", (B,)), "lengths is not an operand of this call"),
     "a result announced": ("forward", announced("o"), "o is not an operand of this call"),
-    "no lse": ("forward", without("result_lse"), "the result lse is missing"),
+    "no lse": ("forward", without("result_lse"), "lse has the wrong dtype"),
     "a forward workspace of 7 bytes": ("forward", array(result_workspace=(7,)), "the workspace must hold 8 bytes"),
     "no forward workspace": ("forward", without("result_workspace"), "the result workspace is missing"),
     "a surplus result": ("forward", surplus("results"), "more results than such a call has"),

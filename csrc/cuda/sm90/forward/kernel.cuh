@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
       ptx::mbarrier_init(&shared.v_empty[s], 4 * Config::kWarpgroups);
     }
     for (uint64_t& told : shared.work_told) ptx::mbarrier_init(&told, 1);
-    for (uint64_t& read : shared.work_read) ptx::mbarrier_init(&read, 1);
+    ptx::mbarrier_init(&shared.near_end, 1);
     ptx::fence_mbarrier_init();
     ptx::tma_prefetch_descriptor(&a.q);
     ptx::tma_prefetch_descriptor(&a.k);

@@ -57,13 +57,6 @@ __device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, Tile
   return work;
 }
 
-// For the Q of a tile.
-template <class Config>
-__device__ __forceinline__ void wait_for_room(ForwardShared<Config>& shared, int32_t round) {
-  const Slot<Config::kQStages> slot(round);
-  for (uint64_t& empty : shared.q_empty[slot.stage]) ptx::mbarrier_wait(&empty, slot.empty_parity);
-}
-
 // Q of a tile, after the news of it; the bare news where there is nothing to load.
 template <class Config>
 __device__ __forceinline__ void load_queries(ForwardShared<Config>& shared, const ForwardArguments& a, int32_t round) {
@@ -104,9 +97,8 @@ __device__ __forceinline__ void produce_tiles(ForwardShared<Config>& shared, con
   for (int32_t round = 0;; ++round) {
     const Slot<ForwardShared<Config>::kWorks> slot(round);
     ForwardWork& work = shared.work[slot.stage];
-    ptx::mbarrier_wait(&shared.work_read[slot.stage], slot.empty_parity);
-    // A tile is not taken before it has to be: no more than one ahead.
-    if (Config::kQStages > 1) wait_for_room<Config>(shared, round);
+    // Not taken before it has to be, or it might wait for a block that still has long to do.
+    if (round > 0) ptx::mbarrier_wait(&shared.near_end, (round - 1) & 1);
     work = next_work<Config>(a, queue);
     ptx::mbarrier_arrive(&shared.work_told[slot.stage]);
     load_queries<Config>(shared, a, round);
@@ -127,7 +119,6 @@ __device__ __forceinline__ void produce_keys(ForwardShared<Config>& shared, cons
     ptx::mbarrier_wait(&shared.work_told[slot.stage], slot.full_parity);
     const ForwardWork& work = shared.work[slot.stage];
     const Tile tile{work.steps, work.first_key, work.key_step, work.kv_head, work.tile.batch, work.last};
-    ptx::mbarrier_arrive(&shared.work_read[slot.stage]);
     return tile;
   };
   uint32_t k_use = 0, v_use = 0;
@@ -144,7 +135,10 @@ __device__ __forceinline__ void produce_keys(ForwardShared<Config>& shared, cons
   Tile tile = open(0);
   if (tile.steps > 0) load_k(tile, 0);
   for (int32_t round = 1; !tile.last; ++round) {
+    // A ticket and a tile's plan take about as long as a step.
+    if (tile.steps < 4) ptx::mbarrier_arrive(&shared.near_end);
     for (int32_t n = 1; n < tile.steps; ++n) {
+      if (tile.steps >= 4 && n == tile.steps - 2) ptx::mbarrier_arrive(&shared.near_end);
       load_k(tile, n);
       load_v(tile, n - 1);
     }

@@ -36,7 +36,8 @@ struct ForwardSchedule {
     s.heads_in_all = heads * batches;
     s.chunk = (s.tiles() - 1) / most_tickets + 1;
     const int32_t of_two_rounds = ceil_div(2 * multiprocessors, query_tiles);
-    s.section = band ? min_i32(ceil_div(of_two_rounds, sharing) * sharing, s.heads_in_all) : 0;
+    const int32_t sections = of_two_rounds < s.heads_in_all ? s.heads_in_all / of_two_rounds : 1;
+    s.section = band ? ceil_div(ceil_div(s.heads_in_all, sections), sharing) * sharing : 0;
     return s;
   }
 
@@ -45,10 +46,8 @@ struct ForwardSchedule {
 
   JAX_FLASH_HOST_DEVICE ForwardTileIndex tile(int32_t index) const {
     if (section == 0) return at(index / query_tiles, index % query_tiles);
-    // The last section takes the heads that do not make up one.
-    const int32_t which = min_i32(index / (section * query_tiles), heads_in_all / section - 1);
-    const int32_t first_head = which * section;
-    const int32_t here = which == heads_in_all / section - 1 ? heads_in_all - first_head : section;
+    const int32_t first_head = index / (section * query_tiles) * section;
+    const int32_t here = min_i32(section, heads_in_all - first_head);
     const int32_t rest = index - first_head * query_tiles;
     const int32_t row = rest / here;
     return at(first_head + rest - row * here, query_tiles - 1 - row);

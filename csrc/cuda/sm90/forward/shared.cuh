@@ -58,7 +58,7 @@ template <class Config>
 struct ForwardShared {
   using Element = typename Config::Element;
   // A tile's description is up to three tiles ahead of the slowest warpgroup, since its Q has to have room, and that
-  // may still store the tile before its own. The producer of K and V says when it has read.
+  // may still store the tile before its own.
   static constexpr int kWorks = 8;
   // Each panel is [rows][kPanelColumns], swizzled.
   alignas(
@@ -69,8 +69,8 @@ struct ForwardShared {
   alignas(8) uint64_t q_full[Config::kQStages][Config::kWarpgroups], q_empty[Config::kQStages][Config::kWarpgroups];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
-  // For the producer of K and V; consumers hear of a tile with its Q.
-  uint64_t work_told[kWorks], work_read[kWorks];
+  // For the producer of K and V; consumers hear of a tile with its Q. It says when it comes to the end of a tile.
+  uint64_t work_told[kWorks], near_end;
   // Row r of a warpgroup is query r / packed of head r % packed; past every T where the group leaves a rest. (Looked
   // up, because registers are dear and it is rarely needed.)
   int32_t row_query[Config::kRows], row_head[Config::kRows];

@@ -138,7 +138,7 @@ struct WarpState {
       }
     }
     if (masked) mask(piece, G, rS, tile, present);
-    soften(transform, rS);
+    apply_transform(transform, rS);
 
     const uint32_t sValues = sKeys + Config::kTileBytes;
 #pragma unroll
@@ -182,7 +182,8 @@ struct WarpState {
 
   // Scores to probabilities, against the running maximum.
   template <int kBlocks>
-  __device__ __forceinline__ void soften(const ScoreTransform& transform, float (&rS)[kBlocks][Config::kRowTiles][4]) {
+  __device__ __forceinline__ void apply_transform(const ScoreTransform& transform,
+                                                  float (&rS)[kBlocks][Config::kRowTiles][4]) {
     float factor[kColumns];
     bool grown = false;
 #pragma unroll

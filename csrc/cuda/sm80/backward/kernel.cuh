@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::cp_async_commit();
 
     int parity = 0;
-    int* turn = nullptr;  // of the dQ tile that this block has added to and must pass on
-    int next_turn = 0;
+    int* semaphore = nullptr;  // of the dQ tile that this block has added to and must release
+    int released = 0;
 #pragma unroll 1
     while (step.g < G) {
       const Step now = step;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       // This step's tiles are here, and every warp is past the previous step.
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (turn && thread == 0) ptx::store_release(turn, next_turn);
+      if (semaphore && thread == 0) ptx::store_release(semaphore, released);
       const bool needs_band = now.block < range.full_begin || now.block >= range.full_end;
       if (params.mask.words || needs_band) {
         clear_unseen_rows<Config>(query_tile(parity), out_tile(parity), shared_memory.lse2[parity],
@@ -259,11 +259,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       });
       store_scores<Config>(sS, d_s);
       if (params.deterministic) {
-        turn = workspace.turns + head * (workspace.rows / 64) + i0 / 64;
-        const int my_turn = additions_before<Config>(shared_memory.band, i0, key_block);
-        next_turn = my_turn + 1;
+        semaphore = workspace.dq_semaphores + head * (workspace.rows / 64) + i0 / 64;
+        const int expected = additions_before<Config>(shared_memory.band, i0, key_block);
+        released = expected + 1;
         if (thread == 0) {
-          while (ptx::load_acquire(turn) != my_turn) {
+          while (ptx::load_acquire(semaphore) != expected) {
           }
         }
       }
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       parity ^= 1;
     }
     __syncthreads();  // every warp is done with K and V, which become staging
-    if (turn && thread == 0) ptx::store_release(turn, next_turn);
+    if (semaphore && thread == 0) ptx::store_release(semaphore, released);
   }
 
 #pragma unroll

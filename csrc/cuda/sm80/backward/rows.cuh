@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const bool seen = lse != -infinity();
     workspace.lse2[row] = seen ? lse * kLog2e : infinity();
     workspace.delta[row] = seen ? sum - (params.d_lse ? params.d_lse[stat] : 0.0f) : 0.0f;
-    if (i % 64 == 0) workspace.turns[row / 64] = 0;
+    if (i % 64 == 0) workspace.dq_semaphores[row / 64] = 0;
     if (row == 0) *workspace.next_block = 0;
   }
   if (chunk * 8 < kBucket) {

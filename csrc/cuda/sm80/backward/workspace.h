@@ -11,7 +11,7 @@ struct BackwardWorkspace {
   float* dq;             // [B, K, G, T', bucket], unscaled sum; the elements of a tile in the order of its fragments
   float* lse2;           // [B, K, G, T'], log2 of the sum of the exponentials; inf for a row that sees no key
   float* delta;          // [B, K, G, T'], rowsum(dO * O) - dlse
-  int* turns;            // [B, K, G, T' / 64]: how many key blocks have added to a dQ tile, for those that add in order
+  int* dq_semaphores;    // [B, K, G, T' / 64]: how many key blocks have added to a dQ tile, for those that add in order
   uint32_t* next_block;  // how many blocks have drawn a number, where they add in order
   int64_t rows;          // T'
 
@@ -22,8 +22,8 @@ struct BackwardWorkspace {
     w.dq = static_cast<float*>(workspace);
     w.lse2 = w.dq + all_rows * head_dim_bucket(shape.H);
     w.delta = w.lse2 + all_rows;
-    w.turns = reinterpret_cast<int*>(w.delta + all_rows);
-    w.next_block = reinterpret_cast<uint32_t*>(w.turns + all_rows / 64);
+    w.dq_semaphores = reinterpret_cast<int*>(w.delta + all_rows);
+    w.next_block = reinterpret_cast<uint32_t*>(w.dq_semaphores + all_rows / 64);
     return w;
   }
 };

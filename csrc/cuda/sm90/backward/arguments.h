@@ -21,9 +21,9 @@ struct BackwardArguments {
   float tanh_scale;
   float softcap;       // 0: off
   int32_t key_blocks;  // of kSumKeys, of one KV head
-  int32_t parts;       // of a group of query heads, each walked apart: 1 or G
+  int32_t parts;       // of a group of query heads, each taken apart: 1 or G
   int32_t part_heads;  // query heads of a part: G or 1
-  int32_t all_walks;   // key blocks, of all parts of all groups
+  int32_t tickets;     // key blocks, of all parts of all groups
   int32_t last_parts;  // parts that are taken together at the end: see BackwardWork
   bool deterministic;
   const void* gO;      // [B, T, K, G, H]

@@ -1,4 +1,4 @@
-// After the backward kernel: the float32 sums become dQ, and where parts of a group have been walked dK and dV.
+// After the backward kernel: the float32 sums become dQ, and where a group was taken in parts dK and dV.
 #pragma once
 
 #include "cuda/ptx/dependent_launch.cuh"

@@ -36,18 +36,18 @@ cudaError_t launch(void (*kernel)(Arguments...), int64_t blocks, int threads, si
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// How many parts a group of query heads is walked in: 1, or G, each head apart. Apart is dearer, as dK and dV are added
-// up in the workspace, but thread blocks whose walks differ in length are soon in different heads of a group, and then
+// How many parts a group of query heads is taken in: 1, or G, each head apart. Apart is dearer, as dK and dV are added
+// up in the workspace, but thread blocks whose tiles differ in number are soon in different heads of a group, and then
 // Q, dO and the sums of dQ of all heads of all groups that are begun have to stay in L2.
-inline int64_t group_parts(const BackwardParams& p, int64_t key_blocks, int64_t walks_at_once) {
+inline int64_t group_parts(const BackwardParams& p, int64_t key_blocks, int64_t tickets_at_once) {
   constexpr int64_t kL2Bytes = 48 << 20;
   const Shape& s = p.shape;
   const bool differ = (p.band.left <= kMaxLength) != (p.band.right <= kMaxLength);
   if (!differ || p.deterministic) return 1;
-  // Pairs have been seen to do it where every walk has tiles; at a head dim of 192 it gains nothing.
-  const bool every_walk_has_tiles = s.T == s.S && !p.band.q_lengths && !p.band.kv_lengths && !p.band.diagonal;
-  if (s.H > 128 && (head_dim_bucket(s.H) == 192 || !every_walk_has_tiles)) return 1;
-  const int64_t groups = std::min(s.B * s.K, walks_at_once / key_blocks + 1);
+  // Pairs have been seen to do it where every ticket has tiles; at a head dim of 192 it gains nothing.
+  const bool every_ticket_has_tiles = s.T == s.S && !p.band.q_lengths && !p.band.kv_lengths && !p.band.diagonal;
+  if (s.H > 128 && (head_dim_bucket(s.H) == 192 || !every_ticket_has_tiles)) return 1;
+  const int64_t groups = std::min(s.B * s.K, tickets_at_once / key_blocks + 1);
   return groups * s.G * s.T * head_dim_bucket(s.H) * 8 > kL2Bytes ? s.G : 1;
 }
 
@@ -80,13 +80,13 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   args.tanh_scale = transform.scale_in;
   args.log2_scale = transform.softcap > 0 ? transform.log2_scale : p.score.softmax_scale * kLog2e;
   args.key_blocks = static_cast<int32_t>((s.S + kSumKeys - 1) / kSumKeys);
-  const int64_t walks_at_once = device.multiprocessors / C::kBlocks;
-  args.parts = static_cast<int32_t>(group_parts(p, args.key_blocks, walks_at_once));
+  const int64_t tickets_at_once = device.multiprocessors / C::kBlocks;
+  args.parts = static_cast<int32_t>(group_parts(p, args.key_blocks, tickets_at_once));
   args.part_heads = static_cast<int32_t>(s.G / args.parts);
   const int64_t parts = s.B * s.K * args.parts;
-  args.all_walks = static_cast<int32_t>(parts * args.key_blocks);
-  // Enough of them that their work fills all blocks for longer than the longest walk takes.
-  const int64_t parts_at_end = (2 * walks_at_once + args.key_blocks - 1) / args.key_blocks;
+  args.tickets = static_cast<int32_t>(parts * args.key_blocks);
+  // Enough of them that their work fills all blocks for longer than the longest ticket takes.
+  const int64_t parts_at_end = (2 * tickets_at_once + args.key_blocks - 1) / args.key_blocks;
   args.last_parts = p.band.right > kMaxLength ? 1 : static_cast<int32_t>(std::min(parts_at_end, parts));
   args.deterministic = p.deterministic;
   args.workspace = make_backward_workspace(p.workspace, s);
@@ -101,7 +101,7 @@ cudaError_t launch_backward(const BackwardParams& p, const Device& device, Backw
   const int64_t sum_rows = rows + (args.parts > 1 ? s.B * s.K * 2 * args.workspace.keys : 0);
   error = launch(backward_stats_kernel<C>, sum_rows / kStatsRows, kStatsThreads, 0, false, stream, args);
   if (error != cudaSuccess) return error;
-  const int64_t clusters = std::min<int64_t>(args.all_walks, walks_at_once);
+  const int64_t clusters = std::min<int64_t>(args.tickets, tickets_at_once);
   error = launch(kernel, clusters * C::kBlocks, C::kThreads, shared_bytes, true, stream, args);
   if (error != cudaSuccess) return error;
   return launch(backward_convert_kernel<C>, sum_rows / C::kM, C::kDqParts * 128, 0, true, stream, args);

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "cuda/ptx/ordered.cuh"
+#include "cuda/sm90/backward/dq_semaphore.cuh"
 #include "cuda/sm90/backward/tile.cuh"
-#include "cuda/sm90/backward/turn.cuh"
-#include "cuda/sm90/backward/walk.cuh"
+#include "cuda/sm90/backward/work_queue.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -17,8 +17,8 @@ struct alignas(1024) SplitRolesShared {
   Row k_peer[2][C::kN];      // the other block's K, the columns of this block's dQ
   Row q[C::kStages][C::kPanels][C::kM];
   Row d_o[C::kStages][C::kPanels][C::kM];
-  // dSᵀ, a row is a key. Before it the same bytes carry Pᵀ, [warp][four words][lane]: a warp of the gradients reads its
-  // P from where it then stores its dS.
+  // dSᵀ, a row is a key. Before it the same bytes carry Pᵀ, [warp][four words][lane]: a warp of the dS warpgroup reads
+  // its P from where it then stores its dS.
   Row ds[C::kN];
   Row ds_peer[C::kN];  // the other block's
   float minus_delta[C::kStages][C::kM];
@@ -33,12 +33,12 @@ struct alignas(1024) SplitRolesShared {
   // The pair's next key block, from its first block's producer to the other's.
   uint64_t ticket_full, ticket_empty;
   uint32_t ticket;
-  BackwardWalks<C> walks;
+  WorkQueue<C> queue;
 };
 
 // The consumers wait for each other. They come here from different code, and synccheck takes one barrier that is waited
-// for at two places to be diverged: so each waits at a barrier of its own. The scores wait last, so that they cannot
-// arrive a second time before the gradients have seen the first.
+// for at two places to be diverged: so each waits at a barrier of its own. The P warpgroup waits last, so that it
+// cannot arrive a second time before the dS warpgroup has seen the first.
 template <class C>
 __device__ __forceinline__ void meet_consumers(int w) {
   if (w == 0) {
@@ -60,7 +60,7 @@ struct PairedDq {
   uint32_t rank;
   int panel;  // of dQ, that this consumer computes
   uint64_t ds, ds_peer, keys, keys_peer;
-  SumTurn turn;
+  DqSemaphore semaphore;
 
   __device__ __forceinline__ PairedDq(const BackwardArguments& args, SplitRolesShared<C>& shared,
                                       const BackwardWork<C>& work, int w, int thread)
@@ -72,10 +72,10 @@ struct PairedDq {
     // A head dim of 192 has no fourth panel: computed from the third, and not added.
     keys = ptx::wgmma_descriptor(shared.k[min_i32(panel, C::kPanels - 1)], kSwizzle, 0);
     keys_peer = ptx::wgmma_descriptor(shared.k_peer[w], kSwizzle, 0);
-    turn = SumTurn::make<C>(args, work);
+    semaphore = DqSemaphore::make<C>(args, work);
   }
 
-  // One lane of each of the gradients' warps, once the warp has stored its 16 keys of dS of tile `tile` and fenced.
+  // One lane of each of the dS warpgroup's warps, once the warp has stored its 16 keys of dS of tile `tile` and fenced.
   __device__ __forceinline__ void send_ds(int32_t tile) {
     const int row = thread / 32 * 16;
     if (thread == 0) ptx::mbarrier_arrive_expect(&shared.ds_peer_full, sizeof(shared.ds_peer));
@@ -85,7 +85,7 @@ struct PairedDq {
                             ptx::cluster_address(ptx::shared_address(&shared.ds_peer_full), rank ^ 1));
   }
 
-  // Leaves nothing in flight. kFreesDs: tells the scores, before the additions, that dS has been read.
+  // Leaves nothing in flight. kFreesDs: tells the P warpgroup, before the additions, that dS has been read.
   template <bool kFreesDs>
   __device__ __forceinline__ void add(const BackwardStep& done) {
     float dq[32];
@@ -105,7 +105,7 @@ struct PairedDq {
       // What was added to the tile before is complete by now.
       const bool first = done.m == work.tiles.begin;  // of its query head
       if (done.index > 0) pass_on(first ? work.tiles.end - 1 : done.m - 1, first ? done.g - 1 : done.g);
-      if (thread == 0) turn.wait<C>(args, work, done.m, done.g, rank);
+      if (thread == 0) semaphore.wait<C>(args, work, done.m, done.g, rank);
       ptx::named_barrier_sync(kWarpgroup + w, 128);
     }
     if (panel < C::kPanels) {
@@ -124,11 +124,11 @@ struct PairedDq {
       ptx::named_barrier_arrive(kDqAdded, C::kConsumers);
     } else {
       ptx::named_barrier_sync(kDqAdded, C::kConsumers);
-      if (thread == 0) turn.pass_on<C>(args, work, m, g, rank);
+      if (thread == 0) semaphore.release<C>(args, work, m, g, rank);
     }
   }
 
-  // After the last tile of a walk.
+  // After the last tile of a ticket.
   __device__ __forceinline__ void pass_on_last() {
     if (!args.deterministic) return;
     meet_consumers<C>(w);
@@ -136,19 +136,19 @@ struct PairedDq {
   }
 };
 
-// The pair's key block number `turn`: the first block's producer takes it, the other's is told.
+// The pair's ticket of round `round`: the first block's producer takes it, the other's is told.
 template <class C>
-__device__ __forceinline__ int32_t take_ticket(const BackwardArguments& args, SplitRolesShared<C>& shared, int32_t turn,
-                                               int32_t rank) {
+__device__ __forceinline__ int32_t take_ticket(const BackwardArguments& args, SplitRolesShared<C>& shared,
+                                               int32_t round, int32_t rank) {
   if (rank == 0) {
     const uint32_t ticket = ptx::fetch_add(args.workspace.next_block, 1);
-    ptx::mbarrier_wait(&shared.ticket_empty, turn & 1 ^ 1);
+    ptx::mbarrier_wait(&shared.ticket_empty, round & 1 ^ 1);
     ptx::store_to_block(ptx::cluster_address(ptx::shared_address(&shared.ticket), 1), ticket,
                         ptx::cluster_address(ptx::shared_address(&shared.ticket_full), 1));
     return static_cast<int32_t>(ticket);
   }
   ptx::mbarrier_arrive_expect(&shared.ticket_full, sizeof(shared.ticket));
-  ptx::mbarrier_wait(&shared.ticket_full, turn & 1);
+  ptx::mbarrier_wait(&shared.ticket_full, round & 1);
   const uint32_t ticket = shared.ticket;
   ptx::mbarrier_arrive_cluster(&shared.ticket_empty, 0);
   return static_cast<int32_t>(ticket);
@@ -159,9 +159,9 @@ template <class C>
 __device__ __forceinline__ void acknowledge_all(SplitRolesShared<C>& shared) {
   const uint32_t other = ptx::cluster_block_rank() ^ 1;
   int32_t tile = 0;
-  for (int32_t turn = 0;; ++turn) {
-    const int32_t count = shared.walks.wait(turn).count;
-    shared.walks.end(turn);
+  for (int32_t round = 0;; ++round) {
+    const int32_t count = shared.queue.wait(round).count;
+    shared.queue.end(round);
     if (count < 0) return;
     for (const int32_t end = tile + count; tile < end; ++tile) {
       ptx::mbarrier_wait(&shared.ds_peer_full, tile & 1);

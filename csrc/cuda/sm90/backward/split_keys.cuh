@@ -1,5 +1,5 @@
-// The backward pass for head dims up to 128. One thread block owns 128 keys of one KV head and walks the query tiles
-// that see them, over all query heads of the group:
+// The backward pass for head dims up to 128. One thread block owns 128 keys of one KV head and loops over the query
+// tiles that see them, over all query heads of the group:
 //
 //   Sᵀ = K Qᵀ      P = exp2(S - lse)            dV += Pᵀ dO
 //   dPᵀ = V dOᵀ    dS = P (dP - delta)          dK += dSᵀ Q       dQ += dS K
@@ -18,9 +18,9 @@
 
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/registers.cuh"
+#include "cuda/sm90/backward/dq_semaphore.cuh"
 #include "cuda/sm90/backward/tile.cuh"
-#include "cuda/sm90/backward/turn.cuh"
-#include "cuda/sm90/backward/walk.cuh"
+#include "cuda/sm90/backward/work_queue.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -31,8 +31,8 @@ struct alignas(1024) SplitKeysShared {
   Row v[C::kPanels][C::kN];
   Row q[C::kStages][C::kPanels][C::kM];
   Row d_o[C::kStages][C::kPanels][C::kM];
-  Row ds[C::kDsBuffers][C::kQueryPanels * C::kN];  // see kDsByQuery; at a walk's end dV
-  float dq[2][kDqPartFloats];                      // by consumer; at a walk's end dK
+  Row ds[C::kDsBuffers][C::kQueryPanels * C::kN];  // see kDsByQuery; at a key block's end dV
+  float dq[2][kDqPartFloats];                      // by consumer; at a key block's end dK
   float lse2[C::kStages][C::kM];
   float minus_delta[C::kStages][C::kM];
   uint64_t k_full, v_full, keys_empty;
@@ -41,32 +41,33 @@ struct alignas(1024) SplitKeysShared {
   uint64_t q_raw[C::kStages], do_raw[C::kStages];  // the same where rows are to be cleared first: see clear_all
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];  // filled and emptied by both consumers
   uint64_t dq_full[2], dq_empty[2];                          // by consumer
-  BackwardWalks<C> walks;
+  WorkQueue<C> queue;
 };
 
-// ---- walks --------------------------------------------------------------------------------------------------------
+// ---- the work
+// --------------------------------------------------------------------------------------------------------
 
-// Those who read what a walk is: eight consumer warps, two writers, and the warp that clears.
-inline constexpr int kWalkReaders = 8 + 2 + 1;
+// Those who read what the work is: eight consumer warps, two writers, and the warp that clears.
+inline constexpr int kWorkReaders = 8 + 2 + 1;
 
-// The first walk of each thread block needs no counter, unless they add in order: a thread block must not wait for the
-// turn of one that may have no place to run.
-__device__ __forceinline__ int32_t take_walk(const BackwardArguments& args) {
+// The first ticket of each thread block needs no counter, unless they add in order: a thread block must not wait for
+// one that may have no place to run.
+__device__ __forceinline__ int32_t take_ticket(const BackwardArguments& args) {
   return static_cast<int32_t>(ptx::fetch_add(args.workspace.next_block, 1) + (args.deterministic ? 0 : gridDim.x));
 }
 
 template <class C>
 __device__ __forceinline__ void produce_all(const BackwardArguments& args, SplitKeysShared<C>& shared) {
   ptx::wait_for_previous_kernel();
-  int32_t tile = 0, walks = 0;
-  int32_t walk = args.deterministic ? take_walk(args) : blockIdx.x;
-  for (int32_t turn = 0;; ++turn) {
-    const BackwardWork<C>& work = shared.walks.describe(args, turn, walk, 0);
+  int32_t tile = 0, key_use = 0;
+  int32_t ticket = args.deterministic ? take_ticket(args) : blockIdx.x;
+  for (int32_t round = 0;; ++round) {
+    const BackwardWork<C>& work = shared.queue.describe(args, round, ticket, 0);
     if (work.count < 0) return;
-    produce<C>(args, shared, work, tile, walks);
+    produce<C>(args, shared, work, tile, key_use);
     tile += work.count;
-    walks += work.count > 0;
-    walk = take_walk(args);
+    key_use += work.count > 0;
+    ticket = take_ticket(args);
   }
 }
 
@@ -76,12 +77,12 @@ __device__ __forceinline__ void produce_all(const BackwardArguments& args, Split
 template <class C>
 __device__ __forceinline__ void add_dq(const BackwardArguments& args, SplitKeysShared<C>& shared,
                                        const BackwardWork<C>& work, int32_t tile, int w) {
-  const SumTurn turn = SumTurn::make<C>(args, work);
+  const DqSemaphore semaphore = DqSemaphore::make<C>(args, work);
   float* gDq = nullptr;
   for (BackwardStep step(work, tile); step.index < work.count; step.next(work)) {
     gDq = step.m == work.tiles.begin ? dq_part<C>(args, work, step.m, step.g, w) : gDq + C::kM * C::kH;
     if (args.deterministic) {
-      turn.wait<C>(args, work, step.m, step.g, w);
+      semaphore.wait<C>(args, work, step.m, step.g, w);
       ptx::fence_async_global();
     }
     ptx::mbarrier_wait(&shared.dq_full[w], step.tile & 1);
@@ -92,7 +93,7 @@ __device__ __forceinline__ void add_dq(const BackwardArguments& args, SplitKeysS
     if (args.deterministic) {
       ptx::bulk_wait<0>();
       ptx::fence_async_global();
-      turn.pass_on<C>(args, work, step.m, step.g, w);
+      semaphore.release<C>(args, work, step.m, step.g, w);
     }
   }
 }
@@ -101,12 +102,12 @@ template <class C>
 __device__ __forceinline__ void add_all(const BackwardArguments& args, SplitKeysShared<C>& shared, int w) {
   ptx::wait_for_previous_kernel();
   int32_t tile = 0;
-  for (int32_t turn = 0;; ++turn) {
-    const BackwardWork<C>& work = shared.walks.wait(turn);
+  for (int32_t round = 0;; ++round) {
+    const BackwardWork<C>& work = shared.queue.wait(round);
     if (work.count < 0) return;
     add_dq<C>(args, shared, work, tile, w);
     tile += work.count;
-    shared.walks.end(turn);
+    shared.queue.end(round);
   }
 }
 
@@ -154,7 +155,7 @@ struct SplitKeysConsumer {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  // dK and dV of the walk before have left the buffers of dS and dQ.
+  // dK and dV of the key block before have left the buffers of dS and dQ.
   __device__ __forceinline__ void wait_stores() {
     if (thread == 0) ptx::bulk_wait_read<0>();
     ptx::named_barrier_sync(kWarpgroup + w, 128);
@@ -266,7 +267,7 @@ __device__ __forceinline__ void take_tile(SplitKeysConsumer<C>& c, BackwardStep&
 
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeysShared<C>& shared,
-                                        const BackwardWork<C>& work, int32_t tile, int32_t walks, int w, int thread) {
+                                        const BackwardWork<C>& work, int32_t tile, int32_t key_use, int w, int thread) {
   float dk[C::kH / 2], dv[C::kH / 2];
 #pragma unroll
   for (int i = 0; i < C::kH / 2; ++i) dk[i] = dv[i] = 0.0f;
@@ -275,10 +276,10 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
   if (work.count > 0) {
     BackwardStep step(work, tile);
     float s[C::kM / 2];
-    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, w, thread);
+    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, key_use & 1, w, thread);
     c.wait_q(step);
     issue_products<C>(s, c.k_rows, c.q_tile + step.stage<C>() * c.kStageStep);
-    wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, walks & 1, w, thread);
+    wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, key_use & 1, w, thread);
     ptx::wgmma_wait<0>();
     ptx::fence_operand(s);
 
@@ -320,15 +321,15 @@ __device__ __forceinline__ void consume(const BackwardArguments& args, SplitKeys
 template <class C, bool kCapped>
 __device__ __forceinline__ void consume_all(const BackwardArguments& args, SplitKeysShared<C>& shared, int w,
                                             int thread) {
-  int32_t tile = 0, walks = 0;
-  for (int32_t turn = 0;; ++turn) {
-    const BackwardWork<C>& work = shared.walks.wait(turn);
+  int32_t tile = 0, key_use = 0;
+  for (int32_t round = 0;; ++round) {
+    const BackwardWork<C>& work = shared.queue.wait(round);
     if (work.count < 0) break;
-    consume<C, kCapped>(args, shared, work, tile, walks, w, thread);
+    consume<C, kCapped>(args, shared, work, tile, key_use, w, thread);
     tile += work.count;
-    walks += work.count > 0;
+    key_use += work.count > 0;
     __syncwarp();
-    if (thread % 32 == 0) shared.walks.end(turn);
+    if (thread % 32 == 0) shared.queue.end(round);
   }
   if (thread == 0) ptx::bulk_wait_read<0>();
 }
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       ptx::mbarrier_init(&shared.dq_empty[w], 1);
     }
     ptx::mbarrier_init(&shared.keys_empty, 1);
-    shared.walks.init(kWalkReaders);
+    shared.queue.init(kWorkReaders);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

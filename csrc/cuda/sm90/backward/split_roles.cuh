@@ -1,10 +1,10 @@
 // The backward pass for head dims above 128. A cluster of two thread blocks owns 128 keys of one KV head, 64 each, and
-// walks the query tiles that see them, over all query heads of the group. The products are those of
+// loops over the query tiles that see them, over all query heads of the group. The products are those of
 // backward_split_keys.cuh, but 64 keys by 256 columns of both dK and dV are more accumulators than a warpgroup has
 // registers, so a block's two consumers share the work by role:
 //
-//   scores      Sᵀ = K Qᵀ,    P,  dV += Pᵀ dO,  and 64 columns of dQ
-//   gradients   dPᵀ = V dOᵀ,  dS, dK += dSᵀ Q,  and 64 others
+//   P, dV    Sᵀ = K Qᵀ,    P,  dV += Pᵀ dO,  and 64 columns of dQ
+//   dS, dK   dPᵀ = V dOᵀ,  dS, dK += dSᵀ Q,  and 64 others
 //
 // P crosses from one to the other as it lies in registers, through a slot per thread. While one does arithmetic the
 // other's products keep the tensor core busy.
@@ -73,13 +73,12 @@ __device__ __forceinline__ void take_probabilities(PairedDq<C>& paired, const Ba
   if (lane == 0) ptx::mbarrier_arrive(&paired.shared.q_empty[step.stage<C>()]);
 }
 
-// One query tile of the scores, from P (packed on entry, as is the next tile's on exit) to dV and dQ. The next tile's P
+// One query tile of P and dV, from P (packed on entry, as is the next tile's on exit) to dV and dQ. The next tile's P
 // comes before this one's dQ: its arithmetic fills the time until the other block's dS has come. The last is a body of
 // its own: products issued under a condition would be serialised.
 template <class C, bool kCapped, bool kLast>
-__device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& step, uint32_t (&p)[C::kM / 4],
-                                            float (&dv)[C::kH / 2], uint64_t k_tile, uint64_t q_tile,
-                                            uint64_t do_tile) {
+__device__ __forceinline__ void step_p_dv(PairedDq<C>& paired, BackwardStep& step, uint32_t (&p)[C::kM / 4],
+                                          float (&dv)[C::kH / 2], uint64_t k_tile, uint64_t q_tile, uint64_t do_tile) {
   SplitRolesShared<C>& shared = paired.shared;
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
@@ -113,8 +112,8 @@ __device__ __forceinline__ void take_scores(PairedDq<C>& paired, BackwardStep& s
 }
 
 template <class C, bool kCapped>
-__device__ __forceinline__ void consume_scores(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                               const BackwardWork<C>& work, int32_t tile, int32_t walks, int thread) {
+__device__ __forceinline__ void consume_p_dv(const BackwardArguments& args, SplitRolesShared<C>& shared,
+                                             const BackwardWork<C>& work, int32_t tile, int32_t key_use, int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dv[C::kH / 2];
@@ -130,15 +129,15 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
     uint32_t p[C::kM / 4];
     BackwardStep step(work, tile);
 
-    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 0, thread);
-    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 0, thread);
+    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, key_use & 1, 0, thread);
+    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, key_use & 1, 0, thread);
     const int stage = step.stage<C>();
     ptx::mbarrier_wait(&shared.q_full[stage], step.parity<C>());
     issue_products<C>(s, k_tile, q_tile + stage * kQueryStep<C>);
     take_probabilities<C, kCapped>(paired, step, s, load_lse2(paired, step), p);
 
-    while (step.index < work.count - 1) take_scores<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
-    take_scores<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
+    while (step.index < work.count - 1) step_p_dv<C, kCapped, false>(paired, step, p, dv, k_tile, q_tile, do_tile);
+    step_p_dv<C, kCapped, true>(paired, step, p, dv, k_tile, q_tile, do_tile);
     paired.pass_on_last();
     ptx::fence_operand(dv);
   }
@@ -155,11 +154,10 @@ __device__ __forceinline__ void consume_scores(const BackwardArguments& args, Sp
   __syncwarp();
 }
 
-// One query tile of the gradients, from dP (complete on entry, as is the next tile's on exit) to dK and dQ.
+// One query tile of dS and dK, from dP (complete on entry, as is the next tile's on exit) to dK and dQ.
 template <class C, bool kCapped, bool kLast>
-__device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep& step, float (&dp)[C::kM / 2],
-                                               float (&dk)[C::kH / 2], uint64_t v_tile, uint64_t q_tile,
-                                               uint64_t do_tile) {
+__device__ __forceinline__ void step_ds_dk(PairedDq<C>& paired, BackwardStep& step, float (&dp)[C::kM / 2],
+                                           float (&dk)[C::kH / 2], uint64_t v_tile, uint64_t q_tile, uint64_t do_tile) {
   SplitRolesShared<C>& shared = paired.shared;
   const int thread = paired.thread, lane = thread % 32;
   const int stage = step.stage<C>();
@@ -211,9 +209,8 @@ __device__ __forceinline__ void take_gradients(PairedDq<C>& paired, BackwardStep
 }
 
 template <class C, bool kCapped>
-__device__ __forceinline__ void consume_gradients(const BackwardArguments& args, SplitRolesShared<C>& shared,
-                                                  const BackwardWork<C>& work, int32_t tile, int32_t walks,
-                                                  int thread) {
+__device__ __forceinline__ void consume_ds_dk(const BackwardArguments& args, SplitRolesShared<C>& shared,
+                                              const BackwardWork<C>& work, int32_t tile, int32_t key_use, int thread) {
   constexpr auto kSwizzle = ptx::Swizzle::k128Bytes;
 
   float dk[C::kH / 2];
@@ -228,18 +225,17 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
     float dp[C::kM / 2];
     BackwardStep step(work, tile);
 
-    wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, walks & 1, 1, thread);
-    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, walks & 1, 1, thread);
-    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, walks & 1, 1, thread);
+    wait_key_tile<C>(args, work, shared.v, C::kPanels, work.n0, &shared.v_full, key_use & 1, 1, thread);
+    wait_key_tile<C>(args, work, shared.k, C::kPanels, work.n0, &shared.k_full, key_use & 1, 1, thread);
+    wait_key_tile<C>(args, work, shared.k_peer, 2, work.n0 ^ C::kN, &shared.k_peer_full, key_use & 1, 1, thread);
     const int stage = step.stage<C>();
     ptx::mbarrier_wait(&shared.do_full[stage], step.parity<C>());
     issue_products<C>(dp, v_tile, do_tile + stage * kQueryStep<C>);
     ptx::wgmma_wait<0>();
     ptx::fence_operand(dp);
 
-    while (step.index < work.count - 1)
-      take_gradients<C, kCapped, false>(paired, step, dp, dk, v_tile, q_tile, do_tile);
-    take_gradients<C, kCapped, true>(paired, step, dp, dk, v_tile, q_tile, do_tile);
+    while (step.index < work.count - 1) step_ds_dk<C, kCapped, false>(paired, step, dp, dk, v_tile, q_tile, do_tile);
+    step_ds_dk<C, kCapped, true>(paired, step, dp, dk, v_tile, q_tile, do_tile);
     paired.pass_on_last();
     ptx::fence_operand(dk);
   }
@@ -256,43 +252,44 @@ __device__ __forceinline__ void consume_gradients(const BackwardArguments& args,
   __syncwarp();
 }
 
-// ---- walks --------------------------------------------------------------------------------------------------------
+// ---- the work
+// --------------------------------------------------------------------------------------------------------
 
-// Those who read what a walk is: eight consumer warps, the thread that acknowledges, and the warp that clears.
-inline constexpr int kPairWalkReaders = 8 + 1 + 1;
+// Those who read what the work is: eight consumer warps, the thread that acknowledges, and the warp that clears.
+inline constexpr int kPairWorkReaders = 8 + 1 + 1;
 
 template <class C>
 __device__ __forceinline__ void produce_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared) {
   ptx::wait_for_previous_kernel();
   const int32_t rank = static_cast<int32_t>(ptx::cluster_block_rank());
   int32_t tile = 0;
-  for (int32_t turn = 0;; ++turn) {
-    const int32_t pair = take_ticket(args, shared, turn, rank);
-    const BackwardWork<C>& work = shared.walks.describe(args, turn, pair, rank);
+  for (int32_t round = 0;; ++round) {
+    const int32_t pair = take_ticket(args, shared, round, rank);
+    const BackwardWork<C>& work = shared.queue.describe(args, round, pair, rank);
     if (work.count < 0) return;
-    produce<C>(args, shared, work, tile, turn);
+    produce<C>(args, shared, work, tile, round);
     // Without tiles zeros leave through the buffers of K and V.
-    if (work.count == 0) ptx::mbarrier_wait(&shared.keys_empty, turn & 1 ^ 1);
+    if (work.count == 0) ptx::mbarrier_wait(&shared.keys_empty, round & 1 ^ 1);
     tile += work.count;
   }
 }
 
-template <class C, bool kCapped, bool kScores>
+template <class C, bool kCapped, bool kPdv>
 __device__ __forceinline__ void consume_pairs(const BackwardArguments& args, SplitRolesShared<C>& shared, int thread) {
   ptx::wait_for_previous_kernel();
-  int32_t tile = 0, walks = 0;
-  for (int32_t turn = 0;; ++turn) {
-    const BackwardWork<C> work = shared.walks.wait(turn);
+  int32_t tile = 0, key_use = 0;
+  for (int32_t round = 0;; ++round) {
+    const BackwardWork<C> work = shared.queue.wait(round);
     if (work.count < 0) return;
-    if constexpr (kScores) {
-      consume_scores<C, kCapped>(args, shared, work, tile, walks, thread);
+    if constexpr (kPdv) {
+      consume_p_dv<C, kCapped>(args, shared, work, tile, key_use, thread);
     } else {
-      consume_gradients<C, kCapped>(args, shared, work, tile, walks, thread);
+      consume_ds_dk<C, kCapped>(args, shared, work, tile, key_use, thread);
     }
     tile += work.count;
-    walks += work.count > 0;
+    key_use += work.count > 0;
     __syncwarp();
-    if (thread % 32 == 0) shared.walks.end(turn);
+    if (thread % 32 == 0) shared.queue.end(round);
   }
 }
 
@@ -313,7 +310,7 @@ __global__ void __cluster_dims__(C::kBlocks, 1, 1) __launch_bounds__(C::kThreads
     ptx::mbarrier_init(&shared.keys_empty, 2);
     ptx::mbarrier_init(&shared.ticket_full, 1);
     ptx::mbarrier_init(&shared.ticket_empty, 1);
-    shared.walks.init(kPairWalkReaders);
+    shared.queue.init(kPairWorkReaders);
     ptx::fence_mbarrier_init();
   }
   __syncwarp();

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kStatsThreads) backward_stats_kernel(const __g
 
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.next_block = 0;
   const int64_t row0 = head * args.workspace.rows + i0;
-  if (threadIdx.x < kStatsRows / 32) args.workspace.turns[row0 / 32 + threadIdx.x] = 0;
+  if (threadIdx.x < kStatsRows / 32) args.workspace.dq_semaphores[row0 / 32 + threadIdx.x] = 0;
   clear_sums<C>(args.workspace.dq + row0 * C::kH);
 
 #pragma unroll 4

@@ -66,11 +66,11 @@ __device__ __forceinline__ void load_peer_keys(const BackwardArguments& args, Sh
   }
 }
 
-// The producer: one thread that keeps K, V and the tiles of Q, dO and their statistics coming. walks: with tiles, that
-// the thread block has made before.
+// The producer: one thread that keeps K, V and the tiles of Q, dO and their statistics coming. key_use: key blocks with
+// tiles, that the thread block has made before.
 template <class C, class Shared>
 __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& shared, const BackwardWork<C>& work,
-                                        int32_t tile, int32_t walks) {
+                                        int32_t tile, int32_t key_use) {
   constexpr uint32_t kKeyBytes = C::kPanels * C::kN * kPanelRowBytes;
   constexpr uint32_t kQueryBytes = C::kPanels * C::kM * kPanelRowBytes, kStatisticBytes = C::kM * sizeof(float);
   const int32_t G = static_cast<int32_t>(args.shape.G);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void produce(const BackwardArguments& args, Shared& s
       ptx::bulk_load(shared.lse2[stage], args.workspace.lse2 + row, kStatisticBytes, q_full);
     }
     if (step.index == 0) {
-      ptx::mbarrier_wait(&shared.keys_empty, walks & 1 ^ 1);
+      ptx::mbarrier_wait(&shared.keys_empty, key_use & 1 ^ 1);
       ptx::mbarrier_arrive_expect(&shared.k_full, kKeyBytes);
       load_panels<C>(shared.k, &args.k, &shared.k_full, C::kN, work.n0, work.kh, work.b);
       ptx::mbarrier_arrive_expect(&shared.v_full, kKeyBytes);
@@ -127,15 +127,15 @@ __device__ __forceinline__ void clear_unseen_rows(void* sTile, const float* gLse
   if (lane == 0) ptx::mbarrier_arrive(full);
 }
 
-// The warp that does so, in all walks. The consumers have no registers and no time for it.
+// The warp that does so, for all tickets. The consumers have no registers and no time for it.
 template <class C, class Shared>
 __device__ __forceinline__ void clear_all(const BackwardArguments& args, Shared& shared) {
   ptx::wait_for_previous_kernel();
   const int lane = threadIdx.x % 32;
   uint32_t parities = 0;  // by stage: only tiles that want care come this way
   int32_t tile = 0;
-  for (int32_t turn = 0;; ++turn) {
-    const BackwardWork<C>& work = shared.walks.wait(turn);
+  for (int32_t round = 0;; ++round) {
+    const BackwardWork<C>& work = shared.queue.wait(round);
     if (work.count < 0) return;
     for (BackwardStep step(work, tile); step.index < work.count; step.next(work)) {
       if (!work.careful(step.m)) continue;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void clear_all(const BackwardArguments& args, Shared&
     }
     tile += work.count;
     __syncwarp();
-    if (lane == 0) shared.walks.end(turn);
+    if (lane == 0) shared.queue.end(round);
   }
 }
 

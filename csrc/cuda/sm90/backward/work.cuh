@@ -6,7 +6,7 @@
 
 namespace jax_flash::sm90 {
 
-// Deterministic sums under a causal mask take key blocks from the last to the first: see SumTurn.
+// Deterministic sums under a causal mask take key blocks from the last to the first: see DqSemaphore.
 __device__ __forceinline__ bool last_first(const BackwardArguments& args) {
   return args.deterministic && args.band.right <= kMaxLength;
 }
@@ -19,23 +19,23 @@ struct alignas(16) BackwardWork {
   int32_t n0;     // first key
   typename C::Band band;
   BlockRange tiles;
-  int32_t count;                   // tiles to walk, over all members
+  int32_t count;                   // tiles, over all members
   int32_t whole_begin, whole_end;  // query tiles whose rows all see something, or lie past the array's end
 
-  // walk: its number in the order in which they are taken; rank: a block's place in its pair.
-  __device__ __forceinline__ static BackwardWork make(const BackwardArguments& args, int32_t walk, int32_t rank) {
+  // ticket: its number in the order in which they are taken; rank: a block's place in its pair.
+  __device__ __forceinline__ static BackwardWork make(const BackwardArguments& args, int32_t ticket, int32_t rank) {
     BackwardWork w;
     // Parts are taken one after the other, so that Q, dO and the sums of dQ stay in L2; the last ones together, so that
-    // where walks have different lengths the short ones come at the very end.
-    const int32_t rest = walk - (args.all_walks - args.last_parts * args.key_blocks);
+    // where key blocks have different numbers of tiles the short ones come at the very end.
+    const int32_t rest = ticket - (args.tickets - args.last_parts * args.key_blocks);
     const int32_t part =
-        rest < 0 ? walk / args.key_blocks : args.all_walks / args.key_blocks - 1 - rest % args.last_parts;
+        rest < 0 ? ticket / args.key_blocks : args.tickets / args.key_blocks - 1 - rest % args.last_parts;
     const int32_t head = part / args.parts;
     w.g = part % args.parts;  // a part is all members or one
     w.b = head / static_cast<int32_t>(args.shape.K);
     w.kh = head % static_cast<int32_t>(args.shape.K);
     // args.key_blocks counts clusters.
-    const int32_t n = rest < 0 ? walk % args.key_blocks : rest / args.last_parts;
+    const int32_t n = rest < 0 ? ticket % args.key_blocks : rest / args.last_parts;
     const int32_t first = (last_first(args) ? args.key_blocks - 1 - n : n) * kSumKeys;
     w.n0 = first + rank * C::kN;
     if constexpr (C::kRanges) {
@@ -43,7 +43,7 @@ struct alignas(16) BackwardWork {
     } else {
       w.band = make_diagonal_band(args.shape, args.band, w.b, w.kh);
     }
-    // The blocks of a cluster walk together, over what any of them sees.
+    // The blocks of a cluster go together, over what any of them sees.
     w.tiles = query_blocks(w.band, w.n0, w.n0 + C::kN, C::kM);
     const BlockRange all = query_blocks(w.band, first, first + kSumKeys, C::kM);
     w.tiles.begin = all.begin;
@@ -64,7 +64,8 @@ struct alignas(16) BackwardWork {
   __device__ __forceinline__ bool careful(int32_t m) const { return m < whole_begin || m >= whole_end; }
 };
 
-// A position in that walk. tile: tiles that the thread block has met, in all its walks; it says which buffer is whose.
+// A position among those. tile: tiles that the thread block has met, for all its tickets; it says which buffer is
+// whose.
 struct BackwardStep {
   int32_t m, g, index, tile;
   template <class C>

@@ -12,9 +12,9 @@ struct BackwardWorkspace {
   float* key_sums;     // [B, K, 2, S' / 64, 64 * H'] of dK and dV, in parts likewise; only where G > 1
   float* lse2;         // [B, K, G, T'] lse * log2(e); +inf for a row that sees nothing, so that its probabilities are 0
   float* minus_delta;  // [B, K, G, T'] dlse - rowsum(dO * O)
-  uint16_t* turns;     // [B, K, G, T' / 64, 2] who added to a tile last, for deterministic sums; see SumTurn
-  uint32_t* next_block;  // the key block that nobody has taken yet
-  int64_t rows, keys;    // T', S': T and S rounded up to 128
+  uint16_t* dq_semaphores;  // [B, K, G, T' / 64, 2] who added to a tile last, for deterministic sums; see DqSemaphore
+  uint32_t* next_block;     // the key block that nobody has taken yet
+  int64_t rows, keys;       // T', S': T and S rounded up to 128
 };
 
 inline BackwardWorkspace make_backward_workspace(void* base, const Shape& shape) {
@@ -26,8 +26,8 @@ inline BackwardWorkspace make_backward_workspace(void* base, const Shape& shape)
   w.key_sums = w.dq + rows * bucket;
   w.lse2 = w.key_sums + (shape.G > 1 ? shape.B * shape.K * 2 * w.keys * bucket : 0);
   w.minus_delta = w.lse2 + rows;
-  w.turns = reinterpret_cast<uint16_t*>(w.minus_delta + rows);
-  w.next_block = reinterpret_cast<uint32_t*>(w.turns + rows / 32);
+  w.dq_semaphores = reinterpret_cast<uint16_t*>(w.minus_delta + rows);
+  w.next_block = reinterpret_cast<uint32_t*>(w.dq_semaphores + rows / 32);
   return w;
 }
 

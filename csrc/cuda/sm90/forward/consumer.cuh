@@ -364,7 +364,7 @@ class Consumer {
 
   uint32_t use = 0;  // blocks done: the K and V slots of the block in hand
   uint32_t round;    // tiles opened before this one
-  ForwardSteps own;  // of this tile's walk
+  ForwardSteps own;  // of this tile
   bool accumulate;   // O holds something of this tile
   LaggingSoftmax softmax;
   float correction[2];

@@ -10,7 +10,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/forward/shared.cuh"
-#include "cuda/sm90/forward/walk.cuh"
+#include "cuda/sm90/forward/steps.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -53,11 +53,11 @@ __device__ __forceinline__ ForwardWork next_work(const ForwardArguments& a, Tile
   // mask that is the one with the fewest keys.
   const int32_t queries = Config::kWarpgroups * a.queries;
   work.query = static_cast<int32_t>(a.shape.T) - (a.schedule.query_tiles - work.tile.query_tile) * queries;
-  plan_walk<Config>(work, a.queries, a.transform.needed);
+  plan_steps<Config>(work, a.queries, a.transform.needed);
   return work;
 }
 
-// Q of a tile, after the news of it; the bare news where there is nothing to load.
+// Q of a tile, after its description; the bare arrival where there is nothing to load.
 template <class Config>
 __device__ __forceinline__ void load_queries(ForwardShared<Config>& shared, const ForwardArguments& a, int32_t round) {
   const ForwardWork& work = shared.work[round % shared.kWorks];

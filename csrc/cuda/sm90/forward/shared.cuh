@@ -31,7 +31,7 @@ struct ForwardArguments {
   float* lse;          // [B, N, T], natural log
 };
 
-// What a warpgroup has of its tile's walk: steps [begin, end) show its rows something, [full_begin, full_end)
+// What a warpgroup has of its tile's steps: [begin, end) show its rows something, [full_begin, full_end)
 // everything. From step `steady` on, every row that sees a key at all has seen one.
 struct ForwardSteps {
   int32_t begin, end, full_begin, full_end, steady;

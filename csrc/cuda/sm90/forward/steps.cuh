@@ -15,7 +15,7 @@ __device__ __forceinline__ BlockRange visited_blocks(const Band& band, int32_t i
 
 // Needs work.band and work.query. `queries` are a warpgroup's.
 template <class Config>
-__device__ __forceinline__ void plan_walk(ForwardWork& work, int32_t queries, bool transform) {
+__device__ __forceinline__ void plan_steps(ForwardWork& work, int32_t queries, bool transform) {
   constexpr int kKeys = Config::kKeys;
   constexpr bool kForward = Config::kTile.forward;
   const Band& band = work.band;

@@ -1,4 +1,4 @@
-// Deterministic dQ sums: whose turn it is to add to a tile.
+// Deterministic dQ sums: who may add to a tile.
 #pragma once
 
 #include "cuda/ptx/ordered.cuh"
@@ -10,26 +10,26 @@ namespace jax_flash::sm90 {
 // blocks add in the order in which they are taken, so that nobody waits for a block that may not be running yet.
 // Without a causal mask that is from the first key block to the last, each one tile behind the block before. With one,
 // the first tile of a block lies on the diagonal, and nobody but the block itself begins there, if the last goes first.
-struct SumTurn {
+struct DqSemaphore {
   int32_t n;                // this key block, of kSumKeys
-  int32_t before;           // the one whose turn comes before
+  int32_t before;           // the one that adds before
   BlockRange before_tiles;  // that it visits: as ranges move monotonically, no other can come right before
 
   template <class C>
-  __device__ __forceinline__ static SumTurn make(const BackwardArguments& args, const BackwardWork<C>& work) {
-    SumTurn turn;
-    turn.n = work.n0 / kSumKeys;
-    turn.before = last_first(args) ? turn.n + 1 : turn.n - 1;
-    turn.before_tiles = turn.before < 0
-                            ? BlockRange{0, 0, 0, 0}
-                            : query_blocks(work.band, turn.before * kSumKeys, (turn.before + 1) * kSumKeys, C::kM);
-    return turn;
+  __device__ __forceinline__ static DqSemaphore make(const BackwardArguments& args, const BackwardWork<C>& work) {
+    DqSemaphore semaphore;
+    semaphore.n = work.n0 / kSumKeys;
+    semaphore.before = last_first(args) ? semaphore.n + 1 : semaphore.n - 1;
+    semaphore.before_tiles = semaphore.before < 0 ? BlockRange{0, 0, 0, 0}
+                                                  : query_blocks(work.band, semaphore.before * kSumKeys,
+                                                                 (semaphore.before + 1) * kSumKeys, C::kM);
+    return semaphore;
   }
 
   template <class C>
   __device__ __forceinline__ static uint16_t* slot(const BackwardArguments& args, const BackwardWork<C>& work,
                                                    int32_t m, int32_t g, int half) {
-    return args.workspace.turns + sum_row<C>(args, work, m, g) / 32 + half;
+    return args.workspace.dq_semaphores + sum_row<C>(args, work, m, g) / 32 + half;
   }
 
   template <class C>
@@ -42,7 +42,7 @@ struct SumTurn {
   }
 
   template <class C>
-  __device__ __forceinline__ void pass_on(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m,
+  __device__ __forceinline__ void release(const BackwardArguments& args, const BackwardWork<C>& work, int32_t m,
                                           int32_t g, int half) const {
     ptx::store_release(slot<C>(args, work, m, g, half), static_cast<uint16_t>(n + 1));
   }

@@ -195,3 +195,12 @@ def test_memory_is_linear(dtype):
     grad = jax.grad(lambda q, k, v: jax_flash.attention(q, k, v, causal=True).astype(jnp.float32).sum(), (0, 1, 2))
     analysis = jax.jit(grad).lower(x, x, x).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 16 * T * 64 * 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_tiles_than_16_bits_count(causal, dtype):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((70_001, n, 1, 8)), dtype) for n in (1, 3, 3))
+    out = jax_flash.attention(q, k, v, causal=causal)
+    exact = reference.attention(*(x.astype(jnp.float32) for x in (q, k, v)), causal=causal)
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, rtol=0, atol=2e-3 if dtype == "float16" else 1e-5)

@@ -20,11 +20,23 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_flash import _exchange, _ring, _sharding, _validate
 from jax_flash._context import LAYOUTS, NAME, Split, Tokens, take_chunks, zigzag_order
 
-__all__ = ["IMPLEMENTATIONS", "LAYOUTS", "positions", "ring_attention", "unzigzag", "zigzag"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LAYOUTS",
+    "positions",
+    "ring_attention",
+    "sharded_attention",
+    "unzigzag",
+    "zigzag",
+]
+
+_SHARDED = "sharded_attention"
 
 IMPLEMENTATIONS = {
     "ring": _ring.attend,
@@ -198,3 +210,104 @@ def ring_attention(
     arrays = _sharding.vary_together(arrays | {"device": jax.lax.axis_index(axis_name)})
     out, lse = IMPLEMENTATIONS[implementation](split, arrays)
     return (out, lse) if with_lse else out
+
+
+def sharded_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    sharding: NamedSharding | PartitionSpec | None = None,
+    q_lengths: jax.Array | None = None,
+    kv_lengths: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    return_softmax_lse: bool = False,
+    **options,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`ring_attention` outside of shard_map, to whole arrays whose sequence axis is sharded.
+
+    Args:
+      q: (B, T, N, H).
+      k: (B, S, K, H).
+      v: (B, S, K, H).
+      sharding: of q, k and v, alike: the batch, the tokens and the heads may each be split over axes of the mesh. A
+        PartitionSpec is one on the mesh of `jax.set_mesh`. Default: that of q, where it is known: on explicit axes, and
+        outside of jit.
+      q_lengths: (B,), as `ring_attention` takes them.
+      kv_lengths: (B,).
+      sinks: (N,).
+      return_softmax_lse: also return the log-sum-exp (B, N, T).
+      **options: what else `ring_attention` takes but axis_name.
+
+    Returns:
+      The output, like q, sharded likewise; or (output, log-sum-exp) with return_softmax_lse.
+
+    Raises:
+      ValueError: the sharding is not known, splits what cannot be split, or q, k and v are known to be sharded
+        otherwise; and as `ring_attention`.
+
+    >>> import jax, jax_flash
+    >>> from jax.sharding import NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((2,), ("context",), devices=jax.devices("cpu")[:2])
+    >>> x = jax.random.normal(jax.random.key(0), (1, 16, 4, 64))
+    >>> x = jax.device_put(x, NamedSharding(mesh, P(None, "context")))
+    >>> jax_flash.ring.sharded_attention(x, x, x, causal=True).shape
+    (1, 16, 4, 64)
+    """
+    arrays = {"q": q, "k": k, "v": v, "q_lengths": q_lengths, "kv_lengths": kv_lengths, "sinks": sinks}
+    arrays = {key: _validate.as_array(_SHARDED, key, x) for key, x in arrays.items() if x is not None or key in "qkv"}
+    _validate.check_qkv(_SHARDED, *(arrays[key] for key in "qkv"))
+    mesh, spec = _mesh_and_spec(sharding, {key: _known_sharding(arrays[key]) for key in "qkv"})
+    batch, tokens, heads, _ = (*spec, *[None] * (4 - len(spec)))
+    specs = dict.fromkeys("qkv", spec)
+    specs |= {"q_lengths": PartitionSpec(batch), "kv_lengths": PartitionSpec(batch), "sinks": PartitionSpec(heads)}
+    axes = [axis for part in (batch, tokens, heads) if part for axis in (part if isinstance(part, tuple) else (part,))]
+
+    def attend(arrays):
+        return ring_attention(**arrays, axis_name=spec[1], return_softmax_lse=return_softmax_lse, **options)
+
+    split = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=({key: specs[key] for key in arrays},),
+        out_specs=(spec, PartitionSpec(batch, heads, tokens)) if return_softmax_lse else spec,
+        axis_names=set(axes),
+    )
+
+    def whole(arrays):
+        if AxisType.Explicit in mesh.axis_types:  # lengths and sinks may lie anywhere
+            arrays = {key: jax.sharding.reshard(x, NamedSharding(mesh, specs[key])) for key, x in arrays.items()}
+        return split(arrays)
+
+    return jax.jit(whole)(arrays)
+
+
+def _mesh_and_spec(sharding, known: dict[str, NamedSharding | None]):
+    """Of q, k and v, from what the caller says and what is known of each."""
+    if sharding is None:
+        sharding = known["q"]
+    if isinstance(sharding, NamedSharding):
+        mesh, spec = sharding.mesh, sharding.spec
+    else:
+        mesh, spec = jax.sharding.get_abstract_mesh(), sharding
+    if spec is None:
+        raise ValueError(f"{_SHARDED}: how q is sharded is not known here; give it as sharding=, or use ring_attention")
+    if mesh.empty:
+        raise ValueError(f"{_SHARDED}: a PartitionSpec needs jax.set_mesh(mesh) around; or give a NamedSharding")
+    if len(spec) < 2 or spec[1] is None:
+        raise ValueError(f"{_SHARDED}: the tokens must be split; got {spec}. Use jax_flash.attention")
+    if len(spec) > 3 and spec[3] is not None:
+        raise ValueError(f"{_SHARDED}: the head dim cannot be split; got {spec}. Reshard q, k and v")
+    for key, own in known.items():
+        if own is not None and not own.is_equivalent_to(NamedSharding(own.mesh, spec), 4):
+            raise ValueError(f"{_SHARDED}: {key} must be sharded {spec}, as q is; got {own.spec}. Reshard it")
+    return mesh, spec
+
+
+def _known_sharding(x) -> NamedSharding | None:
+    """That of explicit axes, or of an array that is no tracer."""
+    own = jax.typeof(x).sharding
+    if any(part is not None for part in own.spec):
+        return own
+    own = getattr(x, "sharding", None) if not isinstance(x, Tracer) else None
+    return own if isinstance(own, NamedSharding) else None

@@ -215,6 +215,48 @@ def test_gradients_repeat_bit_for_bit():
         jax.tree.map(np.testing.assert_array_equal, f(qkv), f(qkv))
 
 
+def on_mesh(x, mesh, spec):
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_outside_of_shard_map(kind):
+    """With batch and heads split too; as the arrays are sharded, and under jit as they are said to be."""
+    devices = np.array(jax.devices("cpu")[:8]).reshape(2, 2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "context", "model"), axis_types=(kind,) * 3)
+    spec, qkv, sinks = P("data", "context", "model"), make_qkv(), normal(N)
+    options = dict(causal=True, kv_lengths=lengths)
+    theirs = both(functools.partial(reference.attention, **options, sinks=sinks, return_softmax_lse=True), qkv)
+    placed = [on_mesh(x, mesh, spec) for x in qkv]
+    attend = functools.partial(ring.sharded_attention, **options, sinks=sinks, return_softmax_lse=True)
+    out, lse = attend(*placed)
+    assert out.sharding.spec[:3] == tuple(spec) and lse.sharding.spec == P("data", "model", "context")
+    with jax.set_mesh(mesh):
+        gradients = jax.jit(jax.grad(functools.partial(loss_of_whole, attend, mesh, spec), (0, 1, 2)))(*placed)
+    for a, b in zip((out, lse, *gradients), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def loss_of_whole(attend, mesh, spec, *qkv):
+    out, lse = attend(*qkv, sharding=NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+    return loss(lambda *_: (place(out, mesh, P()), place(lse, mesh, P())), *qkv)
+
+
+def test_errors_outside_of_shard_map():
+    q, k, v = make_qkv()
+    mesh = make_mesh(2)
+    with pytest.raises(ValueError, match="how q is sharded is not known here; give it as sharding="):
+        jax.jit(ring.sharded_attention)(q, k, v)
+    with pytest.raises(ValueError, match="a PartitionSpec needs jax"):
+        ring.sharded_attention(q, k, v, sharding=P(None, "context"))
+    with pytest.raises(ValueError, match=r"k must be sharded .*, as q is; got .* Reshard it"):
+        q, k = on_mesh(q, mesh, P(None, "context")), on_mesh(k, mesh, P("context"))
+        ring.sharded_attention(q, k, v)
+    for spec, what in ((P("context"), "the tokens must be split"), (P(None, "data", None, "context"), "the head dim")):
+        with pytest.raises(ValueError, match=what):
+            ring.sharded_attention(v, v, v, sharding=NamedSharding(mesh, spec))
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_zigzag_and_back(axis):
     x = normal(8, 8, 8)

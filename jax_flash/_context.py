@@ -73,6 +73,10 @@ class Split:
     def devices(self) -> int:
         return self.keys.devices
 
+    def is_uneven(self) -> bool:
+        """Whether some devices' queries see many more keys than those of others."""
+        return not self.keys.zigzag and (self.spec.band.left is None) != (self.spec.band.right is None)
+
     def key_ranges(self, arrays) -> tuple[jax.Array, jax.Array] | None:
         """The positions (B or 1, T) at which the keys that this device's queries see begin and end; None: all do."""
         band, lengths = self.spec.band, [arrays.get(name) for name in ("q_lengths", "kv_lengths")]

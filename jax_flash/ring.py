@@ -142,7 +142,9 @@ def ring_attention(
         puts them, which divides the work of causal attention evenly.
       implementation: "ring". "all_to_all": each device gets all tokens of N / n query heads and K / n KV heads, which n
         must divide, and the output goes back; the work is even in both layouts. "all_gather": each device gets all
-        keys and values, for few KV heads and short sequences; the work is as even as in the ring.
+        keys and values, for few KV heads and short sequences; the work is as even as in the ring. "auto": all_to_all
+        for causal attention to contiguous tokens, where it can be, since there the ring has a third less speed; else
+        the ring.
       softmax_scale: what the products q.k are multiplied by, default 1 / sqrt(H).
       causal: as for `attention`, of the whole sequences: query i sees keys j <= i + s - t.
       window_size: likewise.
@@ -197,10 +199,13 @@ def ring_attention(
     if spec.softmax_scale <= 0:
         raise NotImplementedError(f"{NAME}: softmax_scale must be positive; got {softmax_scale}. Negate q")
     with_lse = _validate.static_bool(NAME, "return_softmax_lse", return_softmax_lse)
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(map(repr, IMPLEMENTATIONS))
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        names = ", ".join(map(repr, ("auto", *IMPLEMENTATIONS)))
         raise ValueError(f"{NAME}: implementation must be one of {names}; got {implementation!r}")
     split = Split(spec, axis_name, *(Tokens.of(axis_name, layout, x.shape[1]) for x in (q, k)))
+    if implementation == "auto":
+        by_heads = split.is_uneven() and k.shape[2] % split.devices == 0
+        implementation = "all_to_all" if by_heads else "ring"
     if implementation == "all_to_all" and k.shape[2] % split.devices:
         raise ValueError(
             f"{NAME}: all_to_all needs a number of KV heads that the {split.devices} devices divide; got k "

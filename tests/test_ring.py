@@ -265,11 +265,20 @@ def test_zigzag_and_back(axis):
     np.testing.assert_array_equal(jnp.moveaxis(y, axis, 0)[:2], jnp.moveaxis(x, axis, 0)[jnp.array([0, 7])])
 
 
-@pytest.mark.parametrize("implementation, names", [("all_to_all", {"all-to-all"}), ("all_gather", {"all-gather"})])
-def test_collectives_of_other_implementations(implementation, names):
+COLLECTIVES = [
+    ("all_to_all", "contiguous", {"all-to-all"}),
+    ("all_gather", "contiguous", {"all-gather"}),
+    ("auto", "contiguous", {"all-to-all"}),
+    ("auto", "zigzag", {"collective-permute"}),
+]
+
+
+@pytest.mark.parametrize("implementation, layout, names", COLLECTIVES)
+def test_collectives_of_implementations(implementation, layout, names):
     mesh = make_mesh(2)
+    options = dict(causal=True, implementation=implementation, layout=layout)
     attend = jax.shard_map(
-        functools.partial(jax_flash.ring_attention, axis_name="context", causal=True, implementation=implementation),
+        functools.partial(jax_flash.ring_attention, axis_name="context", **options),
         mesh=mesh,
         in_specs=P("data", "context"),
         out_specs=P("data", "context"),
@@ -299,7 +308,7 @@ def test_errors():
         attend = functools.partial(jax_flash.ring_attention, axis_name="context", **options)
         jax.shard_map(attend, mesh=make_mesh(n), in_specs=P(None, "context"), out_specs=P(None, "context"))(q, k, v)
 
-    with pytest.raises(ValueError, match="implementation must be one of 'ring', 'all_to_all'"):
+    with pytest.raises(ValueError, match="implementation must be one of 'auto', 'ring', 'all_to_all'"):
         call(implementation="tree")
     with pytest.raises(ValueError, match=r"all_to_all needs .* that the 4 devices divide; got k"):
         call(4, implementation="all_to_all")

@@ -18,11 +18,9 @@ if not pathlib.Path("/dev/nvidiactl").exists():
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 
-# What random calls there are: the same few in every run, or by --hypothesis-profile=night as many others, or by =glance
-# almost none.
+# What random calls there are: the same few in every run, or by --hypothesis-profile=night as many others.
 _RANDOM = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("few", max_examples=80, derandomize=True, database=None, **_RANDOM)
-settings.register_profile("glance", max_examples=10, derandomize=True, database=None, **_RANDOM)
 settings.register_profile("night", max_examples=100_000, print_blob=True, **_RANDOM)
 settings.load_profile("few")
 

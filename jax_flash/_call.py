@@ -20,10 +20,10 @@ def attend(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arr
     kv_segment_ids, as `attention` takes them, and key_ranges (B, T, 2), the keys that each query sees: begin and end,
     which never fall.
     """
-    return _attend(*_positive_scale(spec, arrays))
+    return _attend(*positive_scale(spec, arrays))
 
 
-def _positive_scale(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[Spec, dict[str, jax.Array]]:
+def positive_scale(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[Spec, dict[str, jax.Array]]:
     """jax.nn takes a scale of any sign; the kernels' largest score is that of the largest product."""
     if spec.softmax_scale > 0:
         return spec, arrays
@@ -144,7 +144,7 @@ _OF_CACHE = {
 
 def attend_to_cache(spec: Spec, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     """The output (B, T, N, H) and the log-sum-exp (B, N, T), and if there is something to append the updated caches."""
-    return _attend_to_cache(*_positive_scale(spec, arrays))
+    return _attend_to_cache(*positive_scale(spec, arrays))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -23,7 +23,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_flash import _exchange, _ring, _sharding, _validate
+from jax_flash import _call, _exchange, _ring, _sharding, _validate
 from jax_flash._context import LAYOUTS, NAME, Split, Tokens, take_chunks, zigzag_order
 
 __all__ = [
@@ -196,8 +196,7 @@ def ring_attention(
         softcap=softcap,
         deterministic=_validate.static_bool(NAME, "deterministic", deterministic),
     )
-    if spec.softmax_scale <= 0:
-        raise NotImplementedError(f"{NAME}: softmax_scale must be positive; got {softmax_scale}. Negate q")
+    spec, arrays = _call.positive_scale(spec, arrays)
     with_lse = _validate.static_bool(NAME, "return_softmax_lse", return_softmax_lse)
     if implementation not in ("auto", *IMPLEMENTATIONS):
         names = ", ".join(map(repr, ("auto", *IMPLEMENTATIONS)))

@@ -147,6 +147,10 @@ def test_batch_on_another_axis(kind):
     check(2, "zigzag", make_qkv(), kind=kind, data=2, causal=True)
 
 
+def test_negative_scale():
+    check(2, "zigzag", make_qkv(), causal=True, softmax_scale=-0.3)
+
+
 def test_bfloat16():
     check(4, "zigzag", make_qkv(dtype=jnp.bfloat16), causal=True, tolerance=0.02)
 
